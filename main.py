@@ -1,0 +1,474 @@
+"""Train a network to read the target domain without its labels, by gradient reversal.
+
+    python main.py                                      # SVHN -> MNIST, recipe dann
+    python main.py --recipe quick                       # synth -> optdigits, needs no download, a minute on two cores
+
+Writes a run folder: config.json, metrics.jsonl, result.json, last.pt, model.safetensors, tensorboard/.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import signal
+import time
+from datetime import datetime
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from data_loader import (
+    DOMAINS,
+    DigitSet,
+    PairedLoader,
+    Preprocessing,
+    limit,
+    mean_pixel,
+    seed_of,
+)
+from model import DANN, IMAGE_SIZES, domain_loss, predicted_target
+from utils import machine
+from utils.checkpoint import load_checkpoint, make_folder, save_checkpoint, save_weights, write_json
+from utils.cli import Interrupted, UserError, run_script
+from utils.config import (
+    Config,
+    add_config_arguments,
+    config_from_arguments,
+    from_dict,
+    recipe_config,
+    to_dict,
+)
+from utils.optimisation import freeze, gradient_norms, limit_norms, make_optimizer
+from utils.run_log import RunLog, epoch_line, say
+from utils.schedules import adaptation_factor, learning_rate
+from valid import Evaluation, evaluate, load_or_fetch
+
+LOG_EVERY_STEPS = 50
+DRY_RUN_IMAGES = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """What a run reads: labelled images, unlabelled target images, and the two test sets that only the log sees."""
+
+    labelled: DigitSet
+    target_images: Tensor
+    source_test: DigitSet
+    target_test: DigitSet
+    marks: dict[str, str]
+    checksums: dict[str, str]
+    steps: int  # optimiser steps an epoch: one pass over the larger training set, the same for every method
+
+
+def load_pair(config: Config, data_dir: Path, download: bool, dry_run: bool) -> Pair:
+    """Read both domains, fetching what is missing when `download` allows it."""
+    keys = [(name, split) for name in (config.source, config.target) for split in ("train", "test")]
+    sets = {key: load_or_fetch(*key, data_dir, download) for key in keys}
+    for digits in sets.values():
+        if digits.mark != DOMAINS[digits.domain].title:
+            say(f"note: the {digits.split} file of {digits.domain} is not the official one; results say: {digits.mark}")
+    marks = {
+        "source_mark": sets[config.source, "train"].mark,
+        "target_mark": sets[config.target, "train"].mark,
+        "source_test_mark": sets[config.source, "test"].mark,
+        "target_test_mark": sets[config.target, "test"].mark,
+    }
+    checksums = {f"{digits.domain}/{file}": md5 for digits in sets.values() for file, md5 in digits.checksums.items()}
+    if dry_run:
+        sets = {key: limit(digits, DRY_RUN_IMAGES) for key, digits in sets.items()}
+    source, target = sets[config.source, "train"], sets[config.target, "train"]
+    return Pair(
+        labelled=target if config.method == "target-only" else source,
+        target_images=target.images,
+        source_test=sets[config.source, "test"],
+        target_test=sets[config.target, "test"],
+        marks=marks,
+        checksums=checksums,
+        steps=-(-max(len(source), len(target)) // config.batch_size),
+    )
+
+
+class Trainer:
+    """The state of a run that a checkpoint keeps, and the training step."""
+
+    def __init__(self, config: Config, pair: Pair, preprocess: Preprocessing, device: torch.device, folder: Path):
+        self.config, self.pair, self.device, self.folder = config, pair, device, folder
+        self.precision = machine.choose_precision(config.precision, device)
+        torch.manual_seed(seed_of(config.seed))
+        self.model = DANN(config.network, config.dropout).to(device, memory_format=torch.channels_last)
+        self.optimizer = make_optimizer(self.model, config, device)
+        self.loader = PairedLoader(
+            pair.labelled,
+            pair.target_images,
+            config.batch_size,
+            config.seed,
+            preprocess,
+            config.augmentation,
+            device,
+            pair.steps,
+        )
+        self.about = {
+            "config": to_dict(dataclasses.replace(config, precision=self.precision)),
+            "preprocessing": dataclasses.asdict(preprocess),
+            **pair.marks,
+        }
+        self.epochs = config.warm_start_epochs + config.epochs
+        self.epoch = self.step = 0  # the next step to do: its epoch, and its number within the epoch
+        self.train_seconds = self.seconds = 0.0
+        self.sums = torch.zeros(4, device=device)  # of this epoch: label loss, domain loss, domain hits, steps
+        self.stop_requested = False
+
+    @property
+    def adapts(self) -> bool:
+        """Whether this epoch trains with gradient reversal: not in a warm start, nor for the bounds."""
+        return self.config.method == "dann" and self.epoch >= self.config.warm_start_epochs
+
+    def train_step(self, x_s: Tensor, y_s: Tensor, x_t: Tensor, lambda_p: float, mu_p: float) -> Tensor:
+        """One optimiser step (paper, section 3, equations 4 to 6); returns label loss, domain loss, domain accuracy.
+
+        Args:
+            x_s, y_s, x_t: source images and labels, target images, as the paired loader gives them.
+            lambda_p: λ_p ≥ 0, the weight of the reversed gradient.
+            mu_p: learning rate μ_p.
+
+        Shape: (B, 3, H, W), (B,), (B, 3, H, W) -> (3,)
+        """
+        config, model, optimizer = self.config, self.model, self.optimizer
+        loss_domain = domain_accuracy = torch.zeros((), device=self.device)
+        with machine.autocast(self.device, self.precision):
+            if not self.adapts:
+                f_s = model.extractor(x_s)
+            elif config.separate_domains:
+                f_s, f_t = model.extractor(x_s), model.extractor(x_t)
+            else:
+                f_s, f_t = model.extractor(torch.cat((x_s, x_t))).split(len(x_s))
+            loss_label = F.cross_entropy(model.classifier(f_s), y_s)
+            if self.adapts:
+                # λ_p scales the gradient that reaches the extractor; the discriminator learns with weight 1.
+                d_s, d_t = model.discriminator(torch.cat((f_s, f_t)), lambda_p).split(len(x_s))
+                loss_domain = domain_loss(d_s, 0) + domain_loss(d_t, 1)
+                if config.domain_loss == "mean":
+                    loss_domain = loss_domain / 2
+                hits = torch.cat((~predicted_target(d_s), predicted_target(d_t)))
+                domain_accuracy = hits.float().mean()
+        for group in optimizer.param_groups:
+            group["lr"] = mu_p
+        optimizer.zero_grad(set_to_none=True)
+        (loss_label + loss_domain).backward()
+        optimizer.step()
+        if config.max_norm:
+            limit_norms(model, config.max_norm)
+        return torch.stack((loss_label, loss_domain, domain_accuracy)).detach()
+
+    def train_epoch(self, log: RunLog) -> None:
+        """All remaining steps of the current epoch."""
+        config, steps = self.config, self.loader.steps
+        warm = self.epoch < config.warm_start_epochs
+        phase_epoch = self.epoch - (0 if warm else config.warm_start_epochs)
+        if self.step == 0:
+            torch.manual_seed(seed_of(config.seed, self.epoch, 2))  # dropout and augmentation
+            self.sums.zero_()
+            if phase_epoch == 0:
+                self.optimizer.state.clear()  # after a warm start this is a new training: no old momentum
+        if self.adapts:
+            freeze(self.model, config.frozen_convolutions)
+        self.model.train()
+        title = f"epoch {self.epoch + 1}/{self.epochs}"
+        batches = self.loader.epoch(self.epoch, self.step)
+        for x_s, y_s, x_t in tqdm(batches, title, steps, False, initial=self.step, disable=None):
+            # Progress p in [0, 1) -> weight λ_p of the reversed gradient, learning rate μ_p (paper, section 4).
+            phase_step = phase_epoch * steps + self.step
+            p = 0.0 if warm else phase_step / (config.epochs * steps)
+            p_lambda = p if config.lambda_update == "step" else phase_epoch / config.epochs
+            lambda_p = config.lambda_max * adaptation_factor(p_lambda, config.gamma) if self.adapts else 0.0
+            mu_p = learning_rate(config, p, phase_step)
+
+            outcome = self.train_step(x_s, y_s, x_t, lambda_p, mu_p)
+            self.sums += torch.cat((outcome, outcome.new_ones(1)))
+
+            step = self.epoch * steps + self.step
+            # On the CPU there is nothing to wait for; elsewhere looking at the losses waits for the device.
+            if step % LOG_EVERY_STEPS == 0 or self.device.type == "cpu":
+                loss_label, loss_domain, domain_accuracy = outcome.tolist()
+                if not math.isfinite(loss_label + loss_domain):
+                    raise UserError(
+                        f"the loss is not finite at step {step} (epoch {self.epoch + 1}): label loss {loss_label:.4g}, "
+                        f"domain loss {loss_domain:.4g}, lambda_p {lambda_p:.4g}, learning rate {mu_p:.4g}; "
+                        "try a smaller --lr or --precision fp32"
+                    )
+            if step % LOG_EVERY_STEPS == 0:
+                log.scalars(step, {"schedule/p": p, "schedule/lambda_p": lambda_p, "schedule/learning_rate": mu_p})
+                log.scalars(step, {"train/loss_label": loss_label})
+                if self.adapts:
+                    log.scalars(step, {"train/loss_domain": loss_domain, "train/domain_accuracy": domain_accuracy})
+                norms = gradient_norms(self.model)
+                log.scalars(step, {f"gradient_norm/{name}": norm for name, norm in norms.items()})
+            if step == 0:
+                log.images("images/source", 0, x_s[:64])
+                log.images("images/target", 0, x_t[:64])
+            self.step += 1
+            if self.stop_requested:
+                break
+
+    def save(self) -> None:
+        """Write last.pt; a run that goes on from it ends with the same bits (CPU, fp32)."""
+        cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+        state = {
+            "about": self.about,
+            "config": to_dict(self.config),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "sums": self.sums,
+            "seconds": self.seconds,
+            "train_seconds": self.train_seconds,
+            "rng": torch.get_rng_state(),
+            "rng_cuda": cuda,
+        }
+        save_checkpoint(self.folder / "last.pt", state)
+
+    def load(self, state: dict) -> None:
+        """Go on from what `save` wrote."""
+        self.model.load_state_dict(state["model"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.sums = state["sums"].to(self.device)
+        self.seconds, self.train_seconds = state["seconds"], state["train_seconds"]
+        torch.set_rng_state(state["rng"])
+        if state["rng_cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng_cuda"])
+
+
+def train(trainer: Trainer, preprocess: Preprocessing, log: RunLog) -> tuple[Evaluation, Evaluation]:
+    """All epochs, each followed by a test on both domains for the log; returns the last test's results."""
+    config, pair = trainer.config, trainer.pair
+    before = trainer.seconds
+    started = time.perf_counter()
+    source, target = None, None
+
+    def request_stop(signum, frame) -> None:
+        trainer.stop_requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
+
+    handler = signal.signal(signal.SIGINT, request_stop)
+    while trainer.epoch < trainer.epochs:
+        epoch_started = time.perf_counter()
+        steps_before = trainer.step
+        trainer.train_epoch(log)
+        train_seconds = time.perf_counter() - epoch_started
+        trainer.train_seconds += train_seconds
+        if trainer.stop_requested:
+            trainer.seconds = before + time.perf_counter() - started
+            trainer.save()
+            log.close()
+            raise Interrupted(
+                f"interrupted at epoch {trainer.epoch + 1}, step {trainer.step}: "
+                f"go on with `python main.py --resume {trainer.folder}`"
+            )
+        images = images_per_step(config, trainer.adapts) * (trainer.step - steps_before)
+        loss_label, loss_domain, hits, steps = trainer.sums.tolist()  # waits for the device, once an epoch
+        adapts = trainer.adapts
+        trainer.epoch, trainer.step = trainer.epoch + 1, 0
+
+        source = evaluate(trainer.model, pair.source_test, preprocess, trainer.device, trainer.precision)
+        target = evaluate(trainer.model, pair.target_test, preprocess, trainer.device, trainer.precision)
+        trainer.seconds = before + time.perf_counter() - started
+        p = max(0, trainer.epoch - config.warm_start_epochs) / config.epochs
+        lambda_p = config.lambda_max * adaptation_factor(p, config.gamma) if adapts else 0.0
+        record = {
+            "epoch": trainer.epoch,
+            "p": p,
+            "lambda_p": lambda_p,
+            "learning_rate": trainer.optimizer.param_groups[0]["lr"],
+            "loss_label": loss_label / steps,
+            "loss_domain": loss_domain / steps if adapts else None,
+            "domain_accuracy": hits / steps if adapts else None,
+            "source_accuracy": source.accuracy,
+            "target_accuracy": target.accuracy,
+            "seconds": trainer.seconds,
+            "images_per_second": images / train_seconds,
+        }
+        log.epoch(record)
+        step = trainer.epoch * trainer.loader.steps
+        log.scalars(step, {f"test/{name}_accuracy": record[f"{name}_accuracy"] for name in ("source", "target")})
+        log.scalars(step, {"train/images_per_second": record["images_per_second"]})
+        say(epoch_line(record, trainer.epochs, time.perf_counter() - epoch_started))
+        trainer.save()
+    signal.signal(signal.SIGINT, handler)
+    if source is None:  # resumed after its last epoch
+        source = evaluate(trainer.model, pair.source_test, preprocess, trainer.device, trainer.precision)
+        target = evaluate(trainer.model, pair.target_test, preprocess, trainer.device, trainer.precision)
+    return source, target
+
+
+def images_per_step(config: Config, adapts: bool) -> int:
+    """How many images pass through the network in a step."""
+    return config.batch_size * (2 if adapts else 1)
+
+
+def result_record(trainer: Trainer, source: Evaluation, target: Evaluation, dry_run: bool) -> dict:
+    """The run in one record: what result.json holds."""
+    config = trainer.config
+    steps = trainer.epochs * trainer.loader.steps
+    adapted = config.epochs * trainer.loader.steps if config.method == "dann" else 0
+    images = adapted * images_per_step(config, True) + (steps - adapted) * images_per_step(config, False)
+    return {
+        "kind": "training",
+        **{key: getattr(config, key) for key in ("source", "target", "method", "recipe", "seed")},
+        "epochs": trainer.epochs,
+        "source_accuracy": source.accuracy,
+        "target_accuracy": target.accuracy,
+        "source_correct": source.correct,
+        "source_total": source.total,
+        "target_correct": target.correct,
+        "target_total": target.total,
+        "seconds": round(trainer.seconds, 2),
+        "images_per_second": round(images / trainer.train_seconds, 1),
+        "device": trainer.device.type,
+        "machine": machine.describe(trainer.device),
+        "precision": trainer.precision,
+        **trainer.pair.marks,
+        "dry_run": dry_run,
+        "steps": steps,
+        "parameters": sum(w.numel() for w in trainer.model.parameters()),
+        "command": machine.command_line(),
+        "commit": machine.commit(),
+        "versions": machine.versions(),
+        "data": trainer.pair.checksums,
+        "config": to_dict(config),
+    }
+
+
+def parse_arguments() -> tuple[argparse.Namespace, dict]:
+    """The options of the machine, and the settings that were given on the command line."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--recipe", "--source", "--target"):
+        first.add_argument(flag)
+    chosen, _ = first.parse_known_args()
+    try:
+        defaults = recipe_config(chosen.recipe or "dann", chosen.source, chosen.target)
+    except KeyError:
+        defaults = recipe_config("dann")  # the full parser says what is wrong
+
+    parser = argparse.ArgumentParser(
+        description="Train on labelled source and unlabelled target images by gradient reversal. "
+        f"The defaults shown are those of the recipe {defaults.recipe}.",
+        epilog="examples:\n"
+        "  python main.py --recipe quick                  built-in data, about a minute on two cores\n"
+        "  python main.py --data-dir data --epochs 12     SVHN -> MNIST, a shorter schedule",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_config_arguments(parser, defaults, tuple(DOMAINS))
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--device",
+        choices=machine.DEVICES,
+        default="auto",
+        help="auto: CUDA, MPS or CPU (default: %(default)s)",
+    )
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    group.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="(default: %(default)s)")
+    group.add_argument("--run-dir", type=Path, metavar="DIR", help="run folder (default: runs/<pair>-<recipe>-…)")
+    group.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    group.add_argument(
+        "--download",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fetch data that is missing (default: yes)",
+    )
+    group.add_argument("--dry-run", action="store_true", help=f"two epochs on {DRY_RUN_IMAGES} images: does it run?")
+    args = parser.parse_args()
+    settings = {key: vars(args).pop(key) for key in list(vars(args)) if hasattr(defaults, key)}
+    if args.resume and args.run_dir:
+        parser.error("--resume goes on in its own folder: leave --run-dir out")
+    return args, settings
+
+
+def configure(args: argparse.Namespace, settings: dict) -> tuple[Config, dict | None]:
+    """The settings of this run and, for a resumed one, its checkpoint."""
+    if not args.resume:
+        defaults = recipe_config(settings.get("recipe", "dann"), settings.get("source"), settings.get("target"))
+        config = config_from_arguments(settings, defaults)
+        if args.dry_run:
+            config = dataclasses.replace(config, epochs=2, warm_start_epochs=min(1, config.warm_start_epochs))
+        state = None
+    else:
+        state = load_checkpoint(args.resume / "last.pt")
+        if "config" not in state:
+            raise UserError(f"{args.resume / 'last.pt'} is no checkpoint of a run: name a folder that main.py wrote")
+        config = from_dict(state["config"])
+        asked = config_from_arguments(settings, config)
+        changed = [key for key in settings if getattr(asked, key) != getattr(config, key)]
+        if changed:
+            told = ", ".join(f"{key} is {getattr(config, key)} there, {getattr(asked, key)} here" for key in changed)
+            raise UserError(
+                f"--resume goes on with the settings of {args.resume} ({told}): leave them out, or start a new run"
+            )
+    if config.image_size != IMAGE_SIZES[config.network]:
+        raise UserError(
+            f"the network {config.network} takes --image-size {IMAGE_SIZES[config.network]}, not {config.image_size}"
+        )
+    return config, state
+
+
+def run_folder(args: argparse.Namespace, config: Config) -> Path:
+    """Make the folder of this run; a new run never goes into the folder of an old one."""
+    if args.resume:
+        return args.resume
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = f"{config.source}-{config.target}-{config.recipe}-{config.method}-seed{config.seed}-{stamp}"
+    folder = args.run_dir or Path("runs") / name
+    if (folder / "last.pt").exists() or (folder / "result.json").exists():
+        raise UserError(f"{folder} holds a run already: go on with `--resume {folder}`, or choose another --run-dir")
+    make_folder(folder)
+    return folder
+
+
+def main() -> None:
+    args, settings = parse_arguments()
+    config, state = configure(args, settings)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = machine.choose_device(args.device)
+    pair = load_pair(config, args.data_dir, args.download, args.dry_run)
+    mean = (0.0, 0.0, 0.0)
+    if config.normalisation == "mean":
+        mean = mean_pixel((pair.labelled.images, pair.target_images))
+    preprocess = Preprocessing(config.image_size, config.normalisation, mean)
+    folder = run_folder(args, config)
+    trainer = Trainer(config, pair, preprocess, device, folder)
+    if state:
+        trainer.load(state)
+
+    say(machine.header(device, trainer.precision))
+    say(f"recipe {config.recipe}, method {config.method}, seed {config.seed}")
+    say(f"labels of {pair.labelled.mark}: {len(pair.labelled):,} images")
+    say(f"no labels of {pair.marks['target_mark']}: {len(pair.target_images):,} images")
+    counts = {name: sum(w.numel() for w in part.parameters()) for name, part in trainer.model.parts().items()}
+    say("parameters: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    say(f"{trainer.epochs} epochs of {pair.steps} steps; run folder {folder}")
+    say(f"watch it: tensorboard --logdir {folder.parent}")
+
+    if not args.resume:
+        write_json(folder / "config.json", to_dict(config))
+    log = RunLog(folder, trainer.epoch * pair.steps + trainer.step, trainer.epoch)
+    log.text("config", "\n".join(f"    {key}: {value}" for key, value in to_dict(config).items()))
+    source, target = train(trainer, preprocess, log)
+    log.close()
+    save_weights(folder / "model.safetensors", trainer.model.state_dict(), trainer.about)
+    result = result_record(trainer, source, target, args.dry_run)
+    write_json(folder / "result.json", result)
+
+    print(f"{'test set':28} {'accuracy':>9}  correct / total")
+    for mark, tested in ((pair.marks["source_test_mark"], source), (pair.marks["target_test_mark"], target)):
+        print(f"{mark:28} {tested.accuracy:9.2%}  {tested.correct} / {tested.total}")
+    print(json.dumps({key: value for key, value in result.items() if key not in ("config", "data", "versions")}))
+
+
+if __name__ == "__main__":
+    run_script(main)

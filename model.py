@@ -1,0 +1,228 @@
+"""The networks: gradient reversal inside a feature extractor, a label classifier and a domain discriminator.
+
+Source: Ganin & Lempitsky, "Unsupervised Domain Adaptation by Backpropagation" (ICML 2015) and Ganin et al.,
+"Domain-Adversarial Training of Neural Networks" (JMLR 17(59), 2016).
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CLASSES = 10
+
+
+class GradientReversal(torch.autograd.Function):
+    """R_λ(x) = x, with dR_λ/dx = −λ·I in the backward pass (paper, section 3, equations 9 and 10)."""
+
+    @staticmethod
+    def forward(x: Tensor, lambda_p: float) -> Tensor:
+        return x.view_as(x)  # a view: autograd would skip a function that returns its very input
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, ctx.lambda_p = inputs
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        return -ctx.lambda_p * grad_output, None
+
+
+def reverse_gradient(x: Tensor, lambda_p: float | Tensor = 1.0) -> Tensor:
+    """Pass x on unchanged and multiply the gradient that comes back by −λ_p.
+
+    Args:
+        x: any shape; the features f = G_f(x).
+        lambda_p: factor λ_p ≥ 0, a float or, for code that is compiled, a tensor without dimensions.
+
+    Shape: (*) -> (*)
+    """
+    return GradientReversal.apply(x, lambda_p)
+
+
+def _conv(in_channels: int, out_channels: int, size: int, padding: int | str = "same") -> list[nn.Module]:
+    return [nn.Conv2d(in_channels, out_channels, size, padding=padding), nn.ReLU(inplace=True)]
+
+
+def _conv_norm_pool(in_channels: int, out_channels: int) -> list[nn.Module]:
+    convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+    return [convolution, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+
+
+def _mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
+    """Linear layers with ReLU between them and, where asked for, dropout before each but the first."""
+    layers: list[nn.Module] = []
+    for i, (inputs, outputs) in enumerate(pairwise(sizes)):
+        layers += [nn.Dropout(dropout)] if dropout and i else []
+        layers += [nn.Linear(inputs, outputs), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers[:-1])
+
+
+def _system_a(part: str, dropout: float) -> nn.Sequential:
+    """28×28. The paper's SVHN net as the usual PyTorch scripts write it; 28 → 14 → 7 by padded pooling."""
+    if part == "classifier":
+        return _mlp(6272, 3072, 2048, CLASSES)
+    if part == "discriminator":
+        return _mlp(6272, 1024, 1024, 2)
+    pool = nn.MaxPool2d(3, stride=2, padding=1)
+    layers = [
+        *_conv(3, 64, 5),
+        pool,
+        *_conv(64, 64, 5),
+        pool,
+        *_conv(64, 128, 5),
+        nn.Dropout(dropout),
+        nn.Flatten(),
+    ]
+    return nn.Sequential(*layers)
+
+
+def _system_b(part: str, dropout: float) -> nn.Sequential:
+    """32×32. The Keras scripts' CNN and CNN-GRL; dropout after each block is half of that before the labels."""
+    if part == "classifier":
+        return nn.Sequential(nn.Dropout(dropout), *_mlp(512, 32, CLASSES))
+    if part == "discriminator":
+        return _mlp(512, 512, 32, 2)
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 32), (32, 64)):
+        layers += [*_conv(inputs, outputs, 3), *_conv(outputs, outputs, 3, padding="valid")]
+        layers += [nn.MaxPool2d(2), nn.Dropout(dropout / 2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 6 * 6, 512), nn.ReLU(inplace=True))
+
+
+def _paper_svhn(part: str, dropout: float) -> nn.Sequential:
+    """32×32. JMLR figure 4(c).
+
+    Note: the paper does not state the padding; padding 2 and rounding up give 32 → 16 → 8.
+    """
+    if part == "classifier":
+        return _mlp(8192, 3072, 2048, CLASSES, dropout=dropout)
+    if part == "discriminator":
+        return _mlp(8192, 1024, 1024, 1, dropout=dropout)
+    pool = nn.MaxPool2d(3, stride=2, ceil_mode=True)
+    return nn.Sequential(*_conv(3, 64, 5), pool, *_conv(64, 64, 5), pool, *_conv(64, 128, 5), nn.Flatten())
+
+
+def _paper_mnist(part: str, dropout: float) -> nn.Sequential:
+    """32×32. JMLR figure 4(a), padded so that 32 → 16 → 8 (the paper does not state the padding)."""
+    if part == "classifier":
+        return _mlp(3072, 100, 100, CLASSES, dropout=dropout)
+    if part == "discriminator":
+        return _mlp(3072, 100, 1, dropout=dropout)
+    pool = nn.MaxPool2d(2)
+    return nn.Sequential(*_conv(3, 32, 5), pool, *_conv(32, 48, 5), pool, nn.Flatten())
+
+
+def _quick(part: str, dropout: float) -> nn.Sequential:
+    """32×32. Our own small network: three batch-normed 3×3 convolutions, 32 → 16 → 8 → 4, and 128 features."""
+    if part == "classifier":
+        return _mlp(128, CLASSES)
+    if part == "discriminator":
+        return _mlp(128, 128, 1)
+    blocks = [*_conv_norm_pool(3, 32), *_conv_norm_pool(32, 48), *_conv_norm_pool(48, 64), nn.Flatten()]
+    features = [nn.Linear(64 * 4 * 4, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU(inplace=True)]
+    return nn.Sequential(*blocks, nn.Dropout(dropout), *features)
+
+
+NETWORKS: dict[str, Callable[[str, float], nn.Sequential]] = {
+    "system-a": _system_a,
+    "system-b": _system_b,
+    "paper-svhn": _paper_svhn,
+    "paper-mnist": _paper_mnist,
+    "quick": _quick,
+}
+IMAGE_SIZES = {"system-a": 28, "system-b": 32, "paper-svhn": 32, "paper-mnist": 32, "quick": 32}
+
+
+class FeatureExtractor(nn.Module):
+    """G_f: images to features. Shape: (N, 3, H, W) -> (N, F), H = W = IMAGE_SIZES[network], features ≥ 0."""
+
+    def __init__(self, network: str = "system-a", dropout: float = 0.5):
+        super().__init__()
+        self.layers = NETWORKS[network]("extractor", dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+    def convolutions(self) -> list[nn.Conv2d]:
+        """The convolutions in the order of the forward pass."""
+        return [module for module in self.layers if isinstance(module, nn.Conv2d)]
+
+
+class LabelClassifier(nn.Module):
+    """G_y: features to the logits of the ten digits. Shape: (N, F) -> (N, 10)."""
+
+    def __init__(self, network: str = "system-a", dropout: float = 0.5):
+        super().__init__()
+        self.layers = NETWORKS[network]("classifier", dropout)
+
+    def forward(self, f: Tensor) -> Tensor:
+        return self.layers(f)
+
+
+class DomainDiscriminator(nn.Module):
+    """G_d behind the gradient reversal: features to the logits of the domain, 0 = source, 1 = target.
+
+    Shape: (N, F) -> (N, 2), or (N, 1) with the target's logit alone in the paper's own networks and `quick`.
+    """
+
+    def __init__(self, network: str = "system-a", dropout: float = 0.5):
+        super().__init__()
+        self.layers = NETWORKS[network]("discriminator", dropout)
+
+    def forward(self, f: Tensor, lambda_p: float | Tensor) -> Tensor:
+        return self.layers(reverse_gradient(f, lambda_p))
+
+
+class DANN(nn.Module):
+    """Domain-adversarial neural network: extractor, classifier and discriminator (paper, figure 1).
+
+    Calling it classifies images; training uses its three parts.
+
+    Args:
+        network: a key of NETWORKS.
+        dropout: probability in [0, 1).
+
+    Shape: (N, 3, H, W) -> (N, 10), preprocessed images to logits
+    """
+
+    def __init__(self, network: str = "system-a", dropout: float = 0.5):
+        super().__init__()
+        self.extractor = FeatureExtractor(network, dropout)
+        self.classifier = LabelClassifier(network, dropout)
+        self.discriminator = DomainDiscriminator(network, dropout)
+        if network == "system-a":
+            self.apply(_initialise_system_a)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.extractor(x))
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The three parts by name."""
+        return dict(self.named_children())
+
+
+def _initialise_system_a(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.01)
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.zeros_(module.bias)
+
+
+def domain_loss(logits: Tensor, domain: int) -> Tensor:
+    """Mean cross-entropy of a batch that is all of one domain, 0 = source, 1 = target; in nats.
+
+    Shape: (N, 2) or (N, 1) -> ()
+    """
+    if logits.shape[1] == 1:  # the logistic form, -log sigmoid(±logit)
+        return F.softplus(logits.float() if domain == 0 else -logits.float()).mean()
+    return F.cross_entropy(logits, logits.new_full((len(logits),), domain, dtype=torch.long))
+
+
+def predicted_target(logits: Tensor) -> Tensor:
+    """Which images the discriminator takes for target images. Shape: (N, 2) or (N, 1) -> (N,), bool."""
+    return logits[:, 0] > 0 if logits.shape[1] == 1 else logits[:, 1] > logits[:, 0]

@@ -1,0 +1,375 @@
+"""Write the README's results tables from results/**/*.json alone.
+
+The tables stand between two lines of the README, `<!-- results:begin -->` and `<!-- results:end -->`; the
+rest of it stays as it is. A row averages runs that differ in their seed and in nothing else.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from urllib.parse import quote
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from utils.cli import UserError, run_script  # noqa: E402
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+PAIRS = (("svhn", "mnist"), ("mnist", "svhn"), ("synth", "optdigits"))
+RECIPES = ("dann", "paper", "cnn-grl", "quick")
+METHODS = {"source-only": "source only", "dann": "**DANN**", "target-only": "trained on target"}
+OFFICIAL_MARKS = {"svhn": "SVHN", "mnist": "MNIST", "usps": "USPS"}  # what published numbers were measured on
+
+MARKS = ("source_mark", "target_mark", "source_test_mark", "target_test_mark")
+TEXTS = ("source", "target", "method", "recipe", "device", "machine", "precision", "command", *MARKS)
+COUNTS = ("seed", "epochs", "source_correct", "source_total", "target_correct", "target_total")
+NUMBERS = ("source_accuracy", "target_accuracy", "seconds")
+# Settings that a result also has at its top; there the precision is the one used, not "auto".
+KEYED = ("source", "target", "method", "recipe", "seed", "epochs", "precision")
+
+
+def read_result(path: Path) -> dict | None:
+    """A training run's result with its `path` added; None when the file is another kind of record.
+
+    Raises:
+        UserError: the file is no JSON object, lacks a key, contradicts itself, or comes from a dry run.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(result, dict) or "kind" not in result:
+        raise UserError(f'{path} is not a result: it should be a JSON object with a "kind"')
+    if result["kind"] != "training":
+        return None
+    check_result(result, path)
+    return result | {"path": path}
+
+
+def check_result(result: dict, path: Path) -> None:
+    """Raise UserError, naming the file, unless the result has all that the tables need, in type and range."""
+    if result.get("dry_run"):
+        raise UserError(f"{path} comes from a dry run, which is not a result")
+    for keys, kinds in ((TEXTS, str), (COUNTS, int), (NUMBERS, int | float)):
+        for key in keys:
+            if key not in result:
+                raise UserError(f'{path} lacks the key "{key}"')
+            value = result[key]
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise UserError(f'{path}: "{key}" cannot be {value!r}')
+    if result["method"] not in METHODS:
+        raise UserError(f"{path}: the method {result['method']!r} is none of {', '.join(METHODS)}")
+    if not isinstance(result.get("config", {}), dict):
+        raise UserError(f'{path}: "config" should be an object')
+    if not 0 <= result["seconds"] < math.inf:
+        raise UserError(f'{path}: "seconds" cannot be {result["seconds"]}')
+    for domain in ("source", "target"):
+        accuracy, correct, total = (result[f"{domain}_{name}"] for name in ("accuracy", "correct", "total"))
+        # The tables use the counts, which are exact; the fraction may have been rounded to two digits.
+        if not 0 <= correct <= total or total == 0 or not abs(accuracy - correct / total) <= 0.005:
+            raise UserError(f"{path}: a {domain}_accuracy of {accuracy} does not fit {correct} / {total}")
+
+
+def read_results(folder: Path) -> list[dict]:
+    """Every training result under the folder."""
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}: add a run with python tools/report.py --add RUN")
+    results = [read_result(path) for path in sorted(folder.rglob("*.json"))]
+    return [result for result in results if result is not None]
+
+
+def settings(result: dict) -> dict:
+    """The hyper-parameters of a run that have no key of their own."""
+    return {key: value for key, value in result.get("config", {}).items() if key not in KEYED}
+
+
+def setup(result: dict) -> tuple:
+    """What two runs must share, besides data and method, to be compared with each other."""
+    device = result["device"].split(":")[0]
+    sizes = (result["source_total"], result["target_total"])
+    return result["epochs"], device, result["precision"], json.dumps(settings(result), sort_keys=True), sizes
+
+
+def group(results: list[dict]) -> list[list[list[dict]]]:
+    """Tables of rows of runs: a table has one pair of data sets, the runs of a row differ in seed alone."""
+    tables = defaultdict(lambda: defaultdict(list))
+    for run in sorted(results, key=lambda run: run["seed"]):
+        row = tables[table_order(run)][row_order(run)]
+        if row and row[-1]["seed"] == run["seed"]:
+            raise UserError(f"{row[-1]['path']} and {run['path']} are the same run: remove one of them")
+        row.append(run)
+    return [[table[row] for row in sorted(table)] for _, table in sorted(tables.items())]
+
+
+def table_order(run: dict) -> tuple:
+    """A table's key, in the order to show: the project's pairs first, of a pair the official data first."""
+    pair = (run["source"], run["target"])
+    return position(pair, PAIRS), pair, len(unofficial(run)), tuple(run[mark] for mark in MARKS)
+
+
+def row_order(run: dict) -> tuple:
+    """A row's key, in the order to show: by recipe, the longest schedule first, the methods side by side."""
+    recipe, method = run["recipe"], position(run["method"], tuple(METHODS))
+    return position(recipe, RECIPES), recipe, -run["epochs"], setup(run), method
+
+
+def position(item, order: tuple) -> int:
+    return order.index(item) if item in order else len(order)
+
+
+def unofficial(run: dict) -> list[str]:
+    """The official names of the domains that this run saw in another form, such as a subset."""
+    marks = {domain: {run[f"{domain}_mark"], run[f"{domain}_test_mark"]} for domain in ("source", "target")}
+    official = {domain: OFFICIAL_MARKS.get(run[domain]) for domain in marks}
+    return [name for domain, name in official.items() if name and marks[domain] != {name}]
+
+
+def percents(row: list[dict], domain: str) -> list[float]:
+    """The row's test accuracies, from the exact counts."""
+    return [100 * run[f"{domain}_correct"] / run[f"{domain}_total"] for run in row]
+
+
+def accuracy_cell(row: list[dict], domain: str) -> str:
+    """Mean ± sample standard deviation; of a single run its accuracy and its counts."""
+    values = percents(row, domain)
+    if len(values) == 1:
+        return f"{values[0]:.2f} ({row[0][f'{domain}_correct']} / {row[0][f'{domain}_total']})"
+    # No-break spaces: a narrow page would otherwise split the number.
+    return f"{statistics.mean(values):.2f}\u00a0±\u00a0{statistics.stdev(values):.2f}"
+
+
+def gain_cell(row: list[dict], table: list[list[dict]]) -> str:
+    """Points of target accuracy that DANN adds to source-only training with the same settings."""
+    run = row[0]
+    if run["method"] != "dann":
+        return ""
+    for other in table:
+        first = other[0]
+        same = (first["recipe"], setup(first)) == (run["recipe"], setup(run))
+        if same and first["method"] == "source-only":
+            gain = statistics.mean(percents(row, "target")) - statistics.mean(percents(other, "target"))
+            return f"{gain:+.2f}"
+    return "–"
+
+
+def method_cell(row: list[dict], table: list[list[dict]]) -> str:
+    """Method and recipe, with the settings in which rows of this recipe differ."""
+    run = row[0]
+    peers = [settings(other[0]) for other in table if other[0]["recipe"] == run["recipe"]]
+    keys = sorted(set().union(*peers))
+    varied = [key for key in keys if len({json.dumps(peer.get(key), sort_keys=True) for peer in peers}) > 1]
+    notes = "".join(f", {key} {settings(run).get(key, 'not recorded')}" for key in varied)
+    return f"{METHODS[run['method']]} (recipe `{run['recipe']}`{escape(notes)})"
+
+
+def runs_cell(row: list[dict]) -> str:
+    """How many runs, how long, on what."""
+    first = row[0]
+    where = dict.fromkeys(f"{run['machine']} ({run['device']}, {run['precision']})" for run in row)
+    seeds = "1 seed" if len(row) == 1 else f"{len(row)} seeds"
+    seconds = statistics.median(run["seconds"] for run in row)
+    return f"{seeds}, {first['epochs']} epochs, {seconds:,.0f} s on {escape('; '.join(where))}"
+
+
+def command_cell(row: list[dict]) -> str:
+    """The row's command, once for all seeds where it differs in nothing else."""
+    if len(row) == 1:
+        return code(row[0]["command"])
+    seeds = [run["seed"] for run in row]
+    in_line = len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1))
+    shown = f"{seeds[0]} … {seeds[-1]}" if in_line else ", ".join(map(str, seeds))
+    commands = []
+    for run in row:
+        command = run["command"] if "--seed" in run["command"] else f"{run['command']} --seed {run['seed']}"
+        commands.append(re.sub(rf"(--seed[ =]){run['seed']}\b", rf"\g<1>{shown}", command))
+    if len(set(commands)) > 1:
+        commands = [run["command"] for run in row]
+    return "<br>".join(code(command) for command in dict.fromkeys(commands))
+
+
+def reported_numbers() -> list[dict]:
+    """What others reported, in %, as text (tools/reported_numbers.json)."""
+    return json.loads((ROOT / "tools" / "reported_numbers.json").read_text(encoding="utf-8"))
+
+
+def reported_cell(run: dict, reported: list[dict]) -> str:
+    """What was reported for this pair and method with this recipe, or else in the paper."""
+    for recipe in (run["recipe"], "paper"):
+        wanted = run | {"recipe": recipe}
+        for entry in reported:
+            if all(entry[key] == wanted[key] for key in ("source", "target", "method", "recipe")):
+                return f"{entry['by']}: {entry['source_accuracy'] or '–'} / {entry['target_accuracy']}"
+    return "–"
+
+
+def escape(text: str) -> str:
+    """Text as it should show in a Markdown table cell."""
+    return re.sub(r"([\\|*<`\[])", r"\\\1", " ".join(text.split()))
+
+
+def code(text: str) -> str:
+    """Code as it should show in a Markdown table cell, where even in code a bar must be escaped."""
+    return "`" + " ".join(text.replace("`", "'").split()).replace("|", "\\|") + "`"
+
+
+def markdown_table(header: list[str], align: str, rows: list[list[str]]) -> str:
+    """A Markdown table; `align` has one letter a column, l or r."""
+    rule = [{"l": ":--", "r": "--:"}[letter] for letter in align]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
+
+
+def pair_table(table: list[list[dict]], reported: list[dict], home: Path) -> str:
+    """One pair's heading, table and links to its files, relative to the folder `home`."""
+    run = table[0][0]
+    marks = {key: escape(run[key]) for key in MARKS}
+    heading = f"**{marks['source_mark']} → {marks['target_mark']}**"
+    if run["source_mark"] != run["source_test_mark"] or run["target_mark"] != run["target_test_mark"]:
+        heading += f" (source test: {marks['source_test_mark']}; target test: {marks['target_test_mark']})"
+    other_data = unofficial(run)
+    reported_for = f"Reported for the full {' and '.join(other_data)}" if other_data else "Reported"
+    header = ["Method", "Source test, %", "Target test, %", "Gain"]
+    header += [f"{reported_for}: source / target, %", "Runs", "Command"]
+    rows = [
+        [
+            method_cell(row, table), accuracy_cell(row, "source"), accuracy_cell(row, "target"),
+            gain_cell(row, table), reported_cell(row[0], reported), runs_cell(row), command_cell(row),
+        ]
+        for row in table
+    ]  # fmt: skip
+    folders = {Path(os.path.relpath(run["path"].parent, home)).as_posix() for row in table for run in row}
+    links = ", ".join(f"[{folder}]({quote(folder)})" for folder in sorted(folders))
+    return f"{heading}\n\n{markdown_table(header, 'lrrrlll', rows)}\n\nEvery run: {links}"
+
+
+def not_run_table(results: list[dict], reported: list[dict]) -> str:
+    """What others reported and has no result here, official data only; empty when every result is there."""
+    keys = ("source", "target", "recipe", "method")
+    done = {tuple(run[key] for key in keys) for run in results if not unofficial(run)}
+    rows = []
+    for source, target in PAIRS:
+        names = " → ".join(OFFICIAL_MARKS.get(name, name) for name in (source, target))
+        entries = [entry for entry in reported if (entry["source"], entry["target"]) == (source, target)]
+        for entry in entries:
+            if tuple(entry[key] for key in keys) not in done:
+                method = f"{METHODS[entry['method']]} (recipe `{entry['recipe']}`)"
+                rows.append([names, method, "not run", reported_cell(entry, reported)])
+        if not entries and not any(pair[:2] == (source, target) for pair in done):
+            rows.append([names, "all methods (recipe `quick`)", "not run", "–"])
+    header = ["Pair", "Method", "Here", "Reported: source / target, %"]
+    return f"**Not run, on the official data sets**\n\n{markdown_table(header, 'llll', rows)}" if rows else ""
+
+
+def footnotes(results: list[dict]) -> str:
+    """How to read the tables."""
+    notes = [
+        "Accuracies: mean ± sample standard deviation over the seeds, last weights of each run (for one seed "
+        "also the counts). Target test labels are read for these numbers only and select nothing.",
+        "Gain: points of target accuracy over the source-only row with the same recipe, epochs and settings. "
+        "Seconds: median of a row's runs.",
+        "Reported: by the paper (JMLR 17(59), 2016; arXiv 1409.7495), by system A (the PyTorch scripts that "
+        "recipe `dann` reproduces) or by system B (the Keras scripts that `cnn-grl` reproduces).",
+    ]
+    if any("SVHN" in unofficial(run) for run in results):
+        notes.append(
+            "Numbers on an SVHN subset are not of the standard protocol and do not compare with published "
+            "ones: official SVHN has 73,257 colour training digits and 26,032 test digits."
+        )
+    return "\n".join(f"- {note}" for note in notes)
+
+
+def report(results: list[dict], home: Path) -> str:
+    """Everything that stands between the markers."""
+    reported = reported_numbers()
+    parts = [pair_table(table, reported, home) for table in group(results)]
+    parts += [not_run_table(results, reported), footnotes(results)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def with_report(text: str, body: str, readme: Path) -> str:
+    """The README's text with the part between the markers replaced, in the line ends that it has."""
+    marks = [re.findall(rf"^{marker}[ \t]*\r?$", text, flags=re.MULTILINE) for marker in (BEGIN, END)]
+    found = re.search(rf"(?ms)^{BEGIN}[ \t]*\r?\n(.*?)^{END}[ \t]*\r?$", text)
+    if [len(lines) for lines in marks] != [1, 1] or found is None:
+        raise UserError(f"{readme} needs one line {BEGIN} and, below it, one line {END}: add them")
+    newline = "\r\n" if "\r\n" in text else "\n"
+    return text[: found.start(1)] + f"\n{body}\n\n".replace("\n", newline) + text[found.end(1) :]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that is never seen half written."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def add(runs: list[Path], folder: Path, force: bool) -> None:
+    """Copy the runs' result.json into the results folder; all of them or, when one is refused, none."""
+    copies = {}
+    for run in runs:
+        path = run / "result.json" if run.is_dir() else run
+        result = read_result(path)
+        if result is None:
+            raise UserError(f"{path} is not the result of a training run")
+        name = "{recipe}-{method}-seed{seed}.json".format(**result)
+        goal = folder / "{source}-{target}".format(**result) / name
+        content = path.read_bytes()
+        if copies.get(goal, content) != content:
+            raise UserError(f"two different runs would become {goal}: add one of them")
+        if goal.exists() and goal.read_bytes() != content and not force:
+            raise UserError(f"{goal} holds another result: rename it to keep both, or replace it by --force")
+        copies[goal] = content
+    for goal, content in copies.items():
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(goal, content)
+        print(goal)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Write the README's results tables from the result files.",
+        epilog="examples:\n"
+        "  python tools/report.py --add runs/svhn-mnist-seed0 runs/svhn-mnist-seed1\n"
+        "  python tools/report.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    option = parser.add_mutually_exclusive_group().add_argument
+    option("--check", action="store_true", help="write nothing; exit 1 when README and results differ")
+    option("--add", type=Path, nargs="+", metavar="RUN", help="copy result.json of these runs to the results")
+    option = parser.add_argument
+    option("--force", action="store_true", help="with --add: replace a different result")
+    option("--readme", type=Path, metavar="FILE", default=ROOT / "README.md", help="default: %(default)s")
+    option("--results", type=Path, metavar="FOLDER", default=ROOT / "results", help="default: %(default)s")
+    args = parser.parse_args()
+    if args.force and not args.add:
+        parser.error("--force goes with --add")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    if args.add:
+        add(args.add, args.results, args.force)
+        return
+    try:
+        text = args.readme.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {args.readme}: {error.strerror}") from None
+    results = read_results(args.results)
+    new = with_report(text, report(results, args.readme.parent), args.readme)
+    if not args.check:
+        write_atomically(args.readme, new.encode("utf-8"))
+    elif new != text:
+        raise UserError(f"{args.readme} does not show what {args.results} holds: run python tools/report.py")
+
+
+if __name__ == "__main__":
+    run_script(main)

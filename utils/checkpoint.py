@@ -1,0 +1,120 @@
+"""Files of a run: checkpoints to go on from, and weights to keep.
+
+Everything is written to a temporary name and renamed, so that no half-written file ever bears the final name.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from utils.cli import UserError
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` fill a temporary file beside `path`, then rename it; raises UserError when that fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch and safetensors hide a full disk in their own
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
+        raise UserError(f"cannot write {path} ({reason}): free some space, or choose another folder") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON for people to read: indented, a newline at the end."""
+    write_atomically(path, lambda file: file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n"))
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents; raises UserError when it can't be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to the folder {path} ({error.strerror}): choose another one") from None
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write the state of a run: plain dicts, tensors and numbers alone."""
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read what `save_checkpoint` wrote; raises UserError when it isn't there or something else."""
+    if not path.is_file():
+        raise UserError(
+            f"{path.parent} is no run that can be resumed: {path} is missing; start one with `python main.py`"
+        )
+    return _load_torch(path)
+
+
+def _load_torch(path: Path) -> dict:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch raise a dozen kinds for bytes that are no checkpoint
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path} is not a checkpoint of tensors ({reason}): use a file that main.py wrote") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, not a state dict: use a file that main.py wrote")
+    return state
+
+
+def save_weights(path: Path, weights: dict[str, Tensor], about: dict) -> None:
+    """Write a state dict as safetensors, with `about` (plain values) in the file's metadata."""
+    contiguous = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+    metadata = {"dann": json.dumps(about, sort_keys=True)}
+    write_atomically(path, lambda file: save_file(contiguous, file, metadata))
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Read weights and what is said about them from `.safetensors`, or from a run's `last.pt`.
+
+    Raises: UserError for a file that is missing, no state dict, or says nothing of its network.
+    """
+    if not path.is_file():
+        raise UserError(f"there are no weights at {path}: train with `python main.py`, or name others")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {}).get("dann", "null"))
+                weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
+        except (SafetensorError, OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(f"{path} is no safetensors file ({reason}): use a file that main.py wrote") from None
+    else:
+        state = _load_torch(path)
+        weights, about = state.get("model", state), state.get("about")
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{path} holds no state dict of tensors: use a file that main.py wrote")
+    if not isinstance(about, dict):
+        raise UserError(f"{path} does not say which network its weights belong to: use a file that main.py wrote")
+    return weights, about
+
+
+def load_into(model: torch.nn.Module, weights: dict[str, Tensor], path: Path, network: str) -> None:
+    """Put weights into a network; raises UserError when they are another architecture's."""
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    theirs = {key: tuple(value.shape) for key, value in weights.items()}
+    if shapes != theirs:
+        odd = sorted(key for key in shapes.keys() | theirs.keys() if shapes.get(key) != theirs.get(key))
+        raise UserError(
+            f"{path} holds weights of another architecture than {network}: {len(odd)} of {len(shapes)} tensors differ, "
+            f"first {odd[0]} ({theirs.get(odd[0], 'missing')} instead of {shapes.get(odd[0], 'none')}); "
+            f"use weights of {network}"
+        )
+    model.load_state_dict(weights)

@@ -1,0 +1,31 @@
+"""What every script does alike: one clear line for a user's mistake, and the exit codes.
+
+Exit codes: 0 done, 1 failed (one line on stderr), 2 usage (argparse), 130 interrupted.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake or a fault that the user can mend: one line that says what is wrong and how to mend it."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C, after everything worth keeping was written; the message says where."""
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main function and turn what the user can mend into one line and an exit code."""
+    try:
+        main()
+        sys.stdout.flush()
+    except (UserError, Interrupted, KeyboardInterrupt, BrokenPipeError) as error:
+        if isinstance(error, BrokenPipeError):  # `... | head` closed the pipe: nobody reads on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
+        interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
+        text = " ".join(str(error).split()) or "interrupted"
+        print(text if interrupted else f"error: {text}", file=sys.stderr)
+        raise SystemExit(130 if interrupted else 1) from None

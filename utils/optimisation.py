@@ -1,0 +1,34 @@
+"""What a training step needs of the optimiser and the weights, besides the step itself."""
+
+import torch
+from torch import nn
+
+
+def make_optimizer(model: nn.Module, config, device: torch.device) -> torch.optim.Optimizer:
+    """The recipe's optimiser over all three parts; fused, which is one pass over the weights."""
+    options = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": device.type in ("cpu", "cuda")}
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), momentum=config.momentum, **options)
+    return torch.optim.AdamW(model.parameters(), **options)
+
+
+def freeze(model: nn.Module, numbers: tuple[int, ...]) -> None:
+    """Stop the training of these convolutions, counted from 1."""
+    for number, convolution in enumerate(model.extractor.convolutions(), 1):
+        convolution.requires_grad_(number not in numbers)
+
+
+@torch.no_grad()
+def limit_norms(model: nn.Module, bound: float) -> None:
+    """Scale down the incoming weights of each unit of the linear layers whose l2 norm exceeds `bound`."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.copy_(torch.renorm(module.weight, 2, 0, bound))
+
+
+def gradient_norms(model: nn.Module) -> dict[str, float]:
+    """The l2 norm of each part's gradient; parts without gradients are left out. Waits for the device."""
+    gradients = {
+        name: [w.grad for w in part.parameters() if w.grad is not None] for name, part in model.parts().items()
+    }
+    return {name: torch.nn.utils.get_total_norm(grads).item() for name, grads in gradients.items() if grads}

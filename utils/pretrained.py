@@ -1,0 +1,78 @@
+"""Find weights by name, path or URL; bytes are verified before they are loaded, wherever they come from."""
+
+import hashlib
+import json
+from pathlib import Path
+from urllib.parse import urldefrag, urlsplit
+
+from utils.cli import UserError
+from utils.download import download
+
+PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
+
+
+def read_index() -> dict:
+    """pretrained/index.json: `default`, and under `weights` by name: file, sha256, url (null: ships with the code)."""
+    path = PRETRAINED / "index.json"
+    try:
+        index = json.loads(path.read_text())
+        assert index["default"] in index["weights"]
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        raise UserError(f"{path} is missing or damaged: restore it with `git checkout {path.parent}`") from None
+    return index
+
+
+def find_weights(name: str | None, allow_download: bool = True) -> Path:
+    """The file of weights called `name`.
+
+    Args:
+        name: a name in pretrained/index.json (None: its default), the path of a weights file or run folder, or an
+            http(s) URL that ends in `#sha256=<hex>`.
+        allow_download: whether the network may be used.
+
+    Raises: UserError for weights that are not there, or whose bytes are not what the checksum says.
+    """
+    if name and urlsplit(name).scheme in ("http", "https"):
+        url, fragment = urldefrag(name)
+        if not fragment.startswith("sha256="):
+            raise UserError(
+                f"{name} has no checksum: add #sha256=<the file's sha256> to the URL, or download it and give its path"
+            )
+        return _from_cache(Path(urlsplit(url).path).name, fragment.removeprefix("sha256="), url, allow_download)
+    index = read_index()
+    entry = index["weights"].get(name or index["default"])
+    if entry is None:
+        path = Path(name)
+        path = path / "model.safetensors" if path.is_dir() else path
+        if not path.is_file():
+            names = ", ".join(index["weights"])
+            raise UserError(f"no weights at {path}: name a file or run folder, or one of {names}")
+        return path
+    shipped = PRETRAINED / entry["file"]
+    if shipped.is_file():
+        if _sha256(shipped) != entry["sha256"]:
+            raise UserError(
+                f"{shipped} is damaged (wrong sha256): restore it with `git checkout {shipped}`, or delete it"
+            )
+        return shipped
+    return _from_cache(entry["file"], entry["sha256"], entry["url"], allow_download)
+
+
+def _from_cache(file: str, sha256: str, url: str | None, allow_download: bool) -> Path:
+    import torch.hub  # imported where it is needed
+
+    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{sha256[:12]}-{file}"
+    for cached in (path.with_name(file), path):  # torch hub's own name, then ours
+        if cached.is_file() and _sha256(cached) == sha256:
+            return cached
+    if url is None:
+        raise UserError(f"{PRETRAINED / file} is missing: restore it with `git checkout {PRETRAINED / file}`")
+    if not allow_download:
+        raise UserError(f"{file} is neither in {PRETRAINED} nor in {path.parent}: run again without --no-download")
+    download([url], path, f"sha256:{sha256}")
+    return path
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
