@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.cli import UserError
-from utils.data_files import DATA_FILES, LICENCES, md5_of
+from utils.data_files import LICENCES, data_files, md5_of
 from utils.synth_digits import load_synth_digits
 
 REPOSITORY_DATA = Path(__file__).resolve().parent / "data"
@@ -200,20 +200,15 @@ def load_domain(name: str, split: str, data_dir: Path) -> DigitSet:
     row = DOMAINS[name]
     images, labels = row.read(data_dir, split)
     checksums, official = {}, True
-    for file in DATA_FILES.get(name, ()):
+    for file in data_files(name, split):
         path = data_dir / file.path
-        if is_split(file.path, split) and path.is_file():  # an uncompressed copy has no official checksum
+        if path.is_file():  # an uncompressed copy has no official checksum
             checksums[file.path] = md5_of(path)
             official &= checksums[file.path] == file.md5
     expected = row.train_images if split == "train" else row.test_images
     kind = "subset" if len(images) < expected else "unofficial"
     mark = row.title if official and len(images) == expected else f"{row.title} {kind}, {len(images):,}"
     return DigitSet(name, split, images, labels, mark, checksums)
-
-
-def is_split(path: str, split: str) -> bool:
-    """Whether an official file belongs to "train" or "test"."""
-    return Path(path).name.startswith(("t10k", "test", "usps.t.")) == (split == "test")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from utils.cli import UserError, run_script
-from utils.data_files import DATA_FILES, LICENCES, DataFile, md5_of
+from utils.data_files import DATA_FILES, LICENCES, DataFile, data_files, md5_of
 from utils.download import download
 
 DEFAULT_DATA_DIR = Path("data")
@@ -27,8 +27,8 @@ environment:
 """
 
 
-def fetch(names: Iterable[str], data_dir: Path) -> None:
-    """Download what is missing for these domains and verify it; says on stderr what it does.
+def fetch(names: Iterable[str], data_dir: Path, split: str | None = None) -> None:
+    """Download what is missing for these domains, or one split of them, and verify it; says on stderr what it does.
 
     A file that is there is never replaced: if it is not the official one, a line on stderr says so. Domains
     without files, such as `synth`, need nothing.
@@ -37,13 +37,13 @@ def fetch(names: Iterable[str], data_dir: Path) -> None:
         UserError: a file could not be had or stored.
     """
     for name in names:
-        for file in DATA_FILES.get(name, ()):
+        for file in data_files(name, split):
             _fetch_file(name, file, data_dir)
 
 
 def missing_files(name: str, data_dir: Path) -> list[DataFile]:
     """The files of a domain that `fetch` would download; empty for a domain without files."""
-    return [file for file in DATA_FILES.get(name, ()) if _is_missing(file, data_dir)]
+    return [file for file in data_files(name) if _is_missing(file, data_dir)]
 
 
 def _fetch_file(name: str, file: DataFile, data_dir: Path) -> str:

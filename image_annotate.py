@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from utils import machine
-from utils.checkpoint import make_folder, write_atomically
 from utils.cli import UserError, run_script
+from utils.files import make_folder, write_atomically
 from valid import load_reader, predict
 
 IMAGES = Path(__file__).resolve().parent / "images"

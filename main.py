@@ -31,7 +31,7 @@ from data_loader import (
 )
 from model import DANN, IMAGE_SIZES, domain_loss, predicted_target
 from utils import machine
-from utils.checkpoint import load_checkpoint, make_folder, save_checkpoint, save_weights, write_json
+from utils.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from utils.cli import Interrupted, UserError, run_script
 from utils.config import (
     Config,
@@ -41,6 +41,7 @@ from utils.config import (
     recipe_config,
     to_dict,
 )
+from utils.files import make_folder, write_json
 from utils.optimisation import freeze, gradient_norms, limit_norms, make_optimizer
 from utils.run_log import RunLog, epoch_line, say
 from utils.schedules import adaptation_factor, learning_rate
@@ -111,7 +112,7 @@ class Trainer:
             pair.steps,
         )
         self.about = {
-            "config": to_dict(dataclasses.replace(config, precision=self.precision)),
+            "config": to_dict(config),
             "preprocessing": dataclasses.asdict(preprocess),
             **pair.marks,
         }
@@ -223,6 +224,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
+            "steps_per_epoch": self.loader.steps,
             "sums": self.sums,
             "seconds": self.seconds,
             "train_seconds": self.train_seconds,
@@ -233,6 +235,11 @@ class Trainer:
 
     def load(self, state: dict) -> None:
         """Go on from what `save` wrote."""
+        if state["steps_per_epoch"] != self.loader.steps:
+            raise UserError(
+                f"{self.folder} had {state['steps_per_epoch']} steps an epoch, this data gives {self.loader.steps}: "
+                "resume with the same data (and --dry-run, if it was one)"
+            )
         self.model.load_state_dict(state["model"])
         self.epoch, self.step = state["epoch"], state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -389,13 +396,16 @@ def parse_arguments() -> tuple[argparse.Namespace, dict]:
     return args, settings
 
 
-def configure(args: argparse.Namespace, settings: dict) -> tuple[Config, dict | None]:
-    """The settings of this run and, for a resumed one, its checkpoint."""
+def configure(args: argparse.Namespace, settings: dict, device: torch.device) -> tuple[Config, dict | None]:
+    """The settings of this run, precision resolved, and for a resumed one its checkpoint."""
+    if "precision" in settings:
+        settings = {**settings, "precision": machine.choose_precision(settings["precision"], device)}
     if not args.resume:
         defaults = recipe_config(settings.get("recipe", "dann"), settings.get("source"), settings.get("target"))
         config = config_from_arguments(settings, defaults)
         if args.dry_run:
             config = dataclasses.replace(config, epochs=2, warm_start_epochs=min(1, config.warm_start_epochs))
+        config = dataclasses.replace(config, precision=machine.choose_precision(config.precision, device))
         state = None
     else:
         state = load_checkpoint(args.resume / "last.pt")
@@ -431,10 +441,10 @@ def run_folder(args: argparse.Namespace, config: Config) -> Path:
 
 def main() -> None:
     args, settings = parse_arguments()
-    config, state = configure(args, settings)
     if args.threads:
         torch.set_num_threads(args.threads)
     device = machine.choose_device(args.device)
+    config, state = configure(args, settings, device)
     pair = load_pair(config, args.data_dir, args.download, args.dry_run)
     mean = (0.0, 0.0, 0.0)
     if config.normalisation == "mean":

@@ -106,7 +106,7 @@ def load_or_fetch(name: str, split: str, data_dir: Path, download: bool) -> Digi
     except MissingData:
         if not download:
             raise
-    fetch([name], data_dir)
+    fetch([name], data_dir, split)
     return load_domain(name, split, data_dir)
 
 
@@ -116,8 +116,11 @@ def read_test_sets(names: list[str], data_dir: Path, download: bool) -> tuple[li
     for name in names:
         try:
             sets.append(load_or_fetch(name, "test", data_dir, download))
+        except MissingData as error:
+            missing[name] = str(error)
         except UserError as error:
             missing[name] = str(error)
+            download = False  # what failed once, the network most likely, is not waited for again
     return sets, missing
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.io import savemat
 
 TINY_COUNTS = {"svhn": (40, 23), "mnist": (64, 37), "usps": (30, 11)}  # training and test images of `tiny_data`
@@ -36,6 +37,12 @@ def write_usps(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
     """Write images (N, 16, 16) and labels 0…9 as USPS's compressed text."""
     lines = [usps_line(label, pixels) for label, pixels in zip(labels.tolist(), images, strict=True)]
     path.write_bytes(bz2.compress(("\n".join(lines) + "\n").encode()))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Tensors of tests are so small that threads only wait for each other, the more so on a busy machine."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from utils.cli import UserError, run_script  # noqa: E402
+from utils.files import write_atomically  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 PAIRS = (("svhn", "mnist"), ("mnist", "svhn"), ("synth", "optdigits"))
@@ -303,13 +304,6 @@ def with_report(text: str, body: str, readme: Path) -> str:
     return text[: found.start(1)] + f"\n{body}\n\n".replace("\n", newline) + text[found.end(1) :]
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is never seen half written."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def add(runs: list[Path], folder: Path, force: bool) -> None:
     """Copy the runs' result.json into the results folder; all of them or, when one is refused, none."""
     copies = {}
@@ -328,7 +322,7 @@ def add(runs: list[Path], folder: Path, force: bool) -> None:
         copies[goal] = content
     for goal, content in copies.items():
         goal.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(goal, content)
+        write_atomically(goal, lambda file, content=content: file.write_bytes(content))
         print(goal)
 
 
@@ -366,7 +360,7 @@ def main() -> None:
     results = read_results(args.results)
     new = with_report(text, report(results, args.readme.parent), args.readme)
     if not args.check:
-        write_atomically(args.readme, new.encode("utf-8"))
+        write_atomically(args.readme, lambda file: file.write_bytes(new.encode("utf-8")))
     elif new != text:
         raise UserError(f"{args.readme} does not show what {args.results} holds: run python tools/report.py")
 

@@ -1,11 +1,6 @@
-"""Files of a run: checkpoints to go on from, and weights to keep.
-
-Everything is written to a temporary name and renamed, so that no half-written file ever bears the final name.
-"""
+"""Checkpoints to go on from, and weights to keep."""
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,39 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from utils.cli import UserError
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a temporary file beside `path`, then rename it; raises UserError when that fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch and safetensors hide a full disk in their own
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
-        raise UserError(f"cannot write {path} ({reason}): free some space, or choose another folder") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON for people to read: indented, a newline at the end."""
-    write_atomically(path, lambda file: file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n"))
-
-
-def make_folder(path: Path) -> None:
-    """Create a folder and its parents; raises UserError when it can't be written."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".{os.getpid()}.tmp"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to the folder {path} ({error.strerror}): choose another one") from None
+from utils.files import write_atomically
 
 
 def save_checkpoint(path: Path, state: dict) -> None:

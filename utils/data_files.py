@@ -58,6 +58,18 @@ LICENCES = {
 }
 
 
+def data_files(name: str, split: str | None = None) -> tuple[DataFile, ...]:
+    """The files of a domain, or of its "train" or "test" split; none for a domain that is made here."""
+    files = DATA_FILES.get(name, ())
+    if split is None:
+        return files
+    return tuple(file for file in files if _is_test(file) == (split == "test"))
+
+
+def _is_test(file: DataFile) -> bool:
+    return Path(file.path).name.startswith(("t10k", "test", "usps.t."))
+
+
 def md5_of(path: Path) -> str:
     """The md5 of a file's bytes, in hexadecimal; raises OSError when it cannot be read."""
     with path.open("rb") as file:

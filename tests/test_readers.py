@@ -1,0 +1,403 @@
+"""The readers: official formats written by the tests themselves, damaged files, and the real data where it is."""
+
+import bz2
+import dataclasses
+import gzip
+import hashlib
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_COUNTS, usps_line, write_idx, write_svhn, write_usps
+from scipy.io import savemat
+
+import data_loader
+from data_loader import DOMAINS, MissingData, is_split, load_domain
+from utils.cli import UserError
+from utils.data_files import DATA_FILES, DataFile
+
+RNG = np.random.default_rng(0)
+GREY = RNG.integers(0, 256, (12, 28, 28), dtype=np.uint8)
+COLOUR = RNG.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+SMALL = RNG.integers(0, 256, (12, 16, 16), dtype=np.uint8)
+LABELS = np.arange(12) % 10
+
+MNIST_IMAGES, MNIST_LABELS = "MNIST/raw/train-images-idx3-ubyte.gz", "MNIST/raw/train-labels-idx1-ubyte.gz"
+
+
+def fill(folder: Path) -> Path:
+    """Training files of 12 images for each domain that has files."""
+    write_idx(folder / MNIST_IMAGES, GREY)
+    write_idx(folder / MNIST_LABELS, LABELS.astype(np.uint8))
+    write_svhn(folder / "train_32x32.mat", COLOUR, LABELS)
+    write_usps(folder / "usps.bz2", SMALL, LABELS)
+    return folder
+
+
+# ---- what is read
+
+
+@pytest.mark.parametrize("suffix", [".gz", ""])
+def test_mnist(tmp_path, suffix):
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        pixels = GREY if split == "train" else GREY[:5] ^ 255
+        write_idx(tmp_path / f"MNIST/raw/{prefix}-images-idx3-ubyte{suffix}", pixels)
+        write_idx(tmp_path / f"MNIST/raw/{prefix}-labels-idx1-ubyte{suffix}", LABELS[: len(pixels)].astype(np.uint8))
+        digits = load_domain("mnist", split, tmp_path)
+        assert digits.images.dtype == torch.uint8
+        assert np.array_equal(digits.images.numpy()[:, 0], pixels)
+        assert digits.images.shape[1] == 1
+        assert digits.labels.dtype == torch.int64
+        assert digits.labels.tolist() == LABELS[: len(pixels)].tolist()
+
+
+def test_idx_headers_are_big_endian(tmp_path):
+    """A header byte for byte as the format's description gives it: 00 00 08 03, then the sizes."""
+    raw = tmp_path / "MNIST/raw"
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte").write_bytes(
+        bytes.fromhex("00000803 00000001 0000001c 0000001c".replace(" ", "")) + bytes(range(256)) * 3 + bytes(16)
+    )
+    (raw / "train-labels-idx1-ubyte").write_bytes(bytes.fromhex("00000801 00000001 07".replace(" ", "")))
+    digits = load_domain("mnist", "train", tmp_path)
+    assert digits.images[0, 0, 0, :3].tolist() == [0, 1, 2]
+    assert digits.images[0, 0, 1, 0] == 28  # rows of 28, one after the other
+    assert digits.images[0, 0, 9, 3] == 255
+    assert digits.labels.tolist() == [7]
+
+
+def test_svhn_axes_and_labels(tmp_path):
+    images = np.zeros((3, 32, 32, 3), np.uint8)
+    images[1, 5, 20, 0] = 200  # image 1, row 5, column 20, red
+    images[2, 31, 0, 2] = 77  # image 2, last row, first column, blue
+    x = images.transpose(1, 2, 3, 0)  # the file's order: row, column, colour, image
+    savemat(tmp_path / "train_32x32.mat", {"X": x, "y": np.array([[10], [1], [9]], np.uint8)})
+    digits = load_domain("svhn", "train", tmp_path)
+    assert digits.images.shape == (3, 3, 32, 32)
+    assert digits.images[1, 0, 5, 20] == 200
+    assert digits.images[2, 2, 31, 0] == 77
+    assert digits.images.sum() == 277
+    assert digits.labels.tolist() == [0, 1, 9]  # 10 is the file's zero
+    assert digits.labels.dtype == torch.int64
+    assert digits.images.is_contiguous()
+
+
+def test_svhn_with_zero_written_as_zero(tmp_path):
+    savemat(tmp_path / "train_32x32.mat", {"X": COLOUR[:2].transpose(1, 2, 3, 0), "y": np.array([[0], [10]], np.uint8)})
+    assert load_domain("svhn", "train", tmp_path).labels.tolist() == [0, 0]
+
+
+def test_usps_scaling_order_and_labels(tmp_path):
+    values = ["-1"] * 256
+    values[0], values[1], values[16], values[255] = "1", "0", "-0.5", "0.2"
+    lines = [" ".join([label, *(f"{i}:{v}" for i, v in enumerate(values, 1))]) for label in ("1", "10")]
+    (tmp_path / "usps.t.bz2").write_bytes(bz2.compress(("\n".join(lines) + "\n").encode()))
+    digits = load_domain("usps", "test", tmp_path)
+    assert digits.images.shape == (2, 1, 16, 16)
+    assert digits.labels.tolist() == [0, 9]
+    image = digits.images[0, 0]
+    assert image[0, 0] == 255
+    assert abs(int(image[0, 1]) - 127.5) <= 0.5  # grey, to the right of the first pixel
+    assert image[1, 0] == 64  # 63.75, below it
+    assert image[15, 15] == 153
+    assert torch.count_nonzero(image) == 4
+
+
+def test_usps_is_read_back_exactly(tmp_path):
+    digits = load_domain("usps", "train", fill(tmp_path))
+    assert np.array_equal(digits.images.numpy()[:, 0], SMALL)
+    assert digits.labels.tolist() == LABELS.tolist()
+
+
+def test_svhn_is_read_back_exactly(tmp_path):
+    digits = load_domain("svhn", "train", fill(tmp_path))
+    assert np.array_equal(digits.images.permute(0, 2, 3, 1).numpy(), COLOUR)
+    assert digits.labels.tolist() == LABELS.tolist()
+
+
+@pytest.mark.parametrize("name", TINY_COUNTS)
+def test_tiny_data(tiny_data, name):
+    for split, count in zip(("train", "test"), TINY_COUNTS[name], strict=True):
+        digits = load_domain(name, split, tiny_data)
+        assert len(digits) == count
+        assert (digits.domain, digits.split) == (name, split)
+        shares = torch.bincount(digits.labels, minlength=10)
+        assert shares.max() - shares.min() <= 1
+
+
+def test_optdigits_are_scikit_learns():
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    train, test = (load_domain("optdigits", split, Path("/nonexistent")) for split in ("train", "test"))
+    assert (len(train), len(test)) == (1297, 500)
+    assert train.mark == test.mark == "optdigits"
+    pixels = torch.cat((train.images, test.images)).numpy().reshape(1797, 64)  # both parts, each image once
+    assert np.abs(pixels - digits.data / 16 * 255).max() <= 0.5
+    assert torch.cat((train.labels, test.labels)).tolist() == digits.target.tolist()
+
+
+def test_synth_asks_for_images_that_are_not_shared(monkeypatch, tmp_path):
+    asked = []
+
+    def load(seed, start, count, cache_dirs):
+        asked.append((seed, start, count, list(cache_dirs)))
+        images = np.zeros((count, 32, 32, 3), np.uint8)
+        images[1, 4, 9, 2] = 90  # row 4, column 9, blue
+        return images, np.arange(count) % 10
+
+    monkeypatch.setattr(data_loader, "load_synth_digits", load)
+    train, test = (load_domain("synth", split, tmp_path) for split in ("train", "test"))
+    row = DOMAINS["synth"]
+    assert (len(train), len(test)) == (row.train_images, row.test_images)
+    assert train.images.shape[1:] == (3, 32, 32)
+    assert train.images[1, 2, 4, 9] == 90
+    assert train.images.sum() == 90
+    assert train.labels[:12].tolist() == [*range(10), 0, 1]
+    (seed, start, count, folders), (test_seed, test_start, test_count, _) = asked
+    assert seed == test_seed
+    assert start + count <= test_start or test_start + test_count <= start
+    assert folders[0] == tmp_path
+
+
+# ---- marks and checksums
+
+
+@pytest.mark.parametrize("name", TINY_COUNTS)
+def test_other_files_than_the_official_ones_are_marked(tiny_data, name):
+    title = {"svhn": "SVHN", "mnist": "MNIST", "usps": "USPS"}[name]
+    files = {
+        ("svhn", "train"): ["train_32x32.mat"],
+        ("svhn", "test"): ["test_32x32.mat"],
+        ("mnist", "train"): [MNIST_IMAGES, MNIST_LABELS],
+        ("mnist", "test"): ["MNIST/raw/t10k-images-idx3-ubyte.gz", "MNIST/raw/t10k-labels-idx1-ubyte.gz"],
+        ("usps", "train"): ["usps.bz2"],
+        ("usps", "test"): ["usps.t.bz2"],
+    }
+    for split, count in zip(("train", "test"), TINY_COUNTS[name], strict=True):
+        digits = load_domain(name, split, tiny_data)
+        assert digits.mark == f"{title} subset, {count}"
+        assert digits.checksums == {
+            file: hashlib.md5((tiny_data / file).read_bytes()).hexdigest() for file in files[name, split]
+        }
+
+
+def test_marks_have_thousands_separators(monkeypatch):
+    row = dataclasses.replace(
+        DOMAINS["mnist"], read=lambda *_: (torch.zeros(1234, 1, 1, 1, dtype=torch.uint8), torch.zeros(1234))
+    )
+    monkeypatch.setitem(DOMAINS, "mnist", row)
+    assert load_domain("mnist", "train", Path("/nonexistent")).mark == "MNIST subset, 1,234"
+
+
+def test_the_official_files_are_not_marked(monkeypatch, tiny_data):
+    """Let the tiny files be the official ones: right checksum and count give the plain title."""
+    monkeypatch.setitem(DOMAINS, "svhn", dataclasses.replace(DOMAINS["svhn"], train_images=40, test_images=23))
+    assert load_domain("svhn", "train", tiny_data).mark == "SVHN unofficial, 40"
+    official = tuple(
+        DataFile(file.path, hashlib.md5((tiny_data / file.path).read_bytes()).hexdigest(), file.urls)
+        for file in DATA_FILES["svhn"]
+    )
+    monkeypatch.setitem(DATA_FILES, "svhn", official)
+    assert load_domain("svhn", "train", tiny_data).mark == "SVHN"
+    assert load_domain("svhn", "test", tiny_data).mark == "SVHN"
+
+
+def test_files_belong_to_their_split():
+    train = {file.path for files in DATA_FILES.values() for file in files if is_split(file.path, "train")}
+    test = {file.path for files in DATA_FILES.values() for file in files if is_split(file.path, "test")}
+    assert train == {"train_32x32.mat", MNIST_IMAGES, MNIST_LABELS, "usps.bz2"}
+    assert test == {
+        "test_32x32.mat",
+        "MNIST/raw/t10k-images-idx3-ubyte.gz",
+        "MNIST/raw/t10k-labels-idx1-ubyte.gz",
+        "usps.t.bz2",
+    }
+
+
+# ---- what is missing or damaged
+
+
+def mat(**contents) -> bytes:
+    buffer = io.BytesIO()
+    savemat(buffer, contents)
+    return buffer.getvalue()
+
+
+def idx(*shape: int, magic: bytes = b"\0\0\x08", data: bytes | None = None) -> bytes:
+    """An IDX file; its data are zeros, unless given."""
+    body = bytes(int(np.prod(shape))) if data is None else data
+    return magic + bytes([len(shape)]) + struct.pack(f">{len(shape)}I", *shape) + body
+
+
+def usps_text(*lines: str) -> bytes:
+    return bz2.compress(("\n".join(lines) + "\n").encode())
+
+
+X = COLOUR.transpose(1, 2, 3, 0)
+Y = np.where(LABELS == 0, 10, LABELS)[:, None].astype(np.uint8)
+ROW = usps_line(3, SMALL[0])
+MNIST_GZ = gzip.compress(idx(12, 28, 28, data=GREY.tobytes()))
+USPS_BZ2 = usps_text(ROW, ROW)
+DAMAGED = {
+    "mnist: truncated .gz": (MNIST_IMAGES, MNIST_GZ[: len(MNIST_GZ) // 2]),
+    "mnist: a flipped byte": (MNIST_IMAGES, MNIST_GZ[:999] + bytes([MNIST_GZ[999] ^ 255]) + MNIST_GZ[1000:]),
+    "mnist: empty file": (MNIST_IMAGES, b""),
+    "mnist: empty archive": (MNIST_IMAGES, gzip.compress(b"")),
+    "mnist: no archive": (MNIST_IMAGES, b"<html>404 Not Found</html>"),
+    "mnist: wrong magic": (MNIST_IMAGES, gzip.compress(idx(12, 28, 28, magic=b"\0\0\x0d"))),
+    "mnist: header cut short": (MNIST_IMAGES, gzip.compress(idx(12, 28, 28)[:9])),
+    "mnist: data cut short": (MNIST_IMAGES, gzip.compress(idx(12, 28, 28)[:-1])),
+    "mnist: too much data": (MNIST_IMAGES, gzip.compress(idx(12, 28, 28) + b"\0")),
+    "mnist: fewer labels than images": (MNIST_LABELS, gzip.compress(idx(11))),
+    "mnist: a label of 10": (MNIST_LABELS, gzip.compress(idx(12, data=bytes([10, *range(11)])))),
+    "mnist: labels where images belong": (MNIST_IMAGES, gzip.compress(idx(12))),
+    "mnist: images where labels belong": (MNIST_LABELS, gzip.compress(idx(12, 28, 28))),
+    "svhn: garbage": ("train_32x32.mat", np.random.default_rng(1).bytes(5000)),
+    "svhn: text": ("train_32x32.mat", b"<html>404 Not Found</html>"),
+    "svhn: empty file": ("train_32x32.mat", b""),
+    "svhn: truncated": ("train_32x32.mat", mat(X=X, y=Y)[:20_000]),
+    "svhn: without X": ("train_32x32.mat", mat(y=Y)),
+    "svhn: without y": ("train_32x32.mat", mat(X=X)),
+    "svhn: X as (N, 32, 32, 3)": ("train_32x32.mat", mat(X=COLOUR, y=Y)),
+    "svhn: X without colour": ("train_32x32.mat", mat(X=X[:, :, 0], y=Y)),
+    "svhn: X of floats": ("train_32x32.mat", mat(X=X / 255, y=Y)),
+    "svhn: no images": ("train_32x32.mat", mat(X=X[..., :0], y=Y[:0])),
+    "svhn: a label of 11": ("train_32x32.mat", mat(X=X, y=np.where(Y == 4, 11, Y))),
+    "svhn: a label of −1": ("train_32x32.mat", mat(X=X, y=np.where(Y == 4, -1, Y.astype(np.int8)))),
+    "svhn: fewer labels than images": ("train_32x32.mat", mat(X=X, y=Y[:-1])),
+    "usps: a short row": ("usps.bz2", usps_text(ROW, ROW.rsplit(" ", 1)[0], ROW)),
+    "usps: short rows alone": ("usps.bz2", usps_text(*[ROW.rsplit(" ", 1)[0]] * 3)),
+    "usps: a label of 11": ("usps.bz2", usps_text(ROW, usps_line(10, SMALL[0]))),
+    "usps: a label of 0": ("usps.bz2", usps_text(ROW, usps_line(-1, SMALL[0]))),
+    "usps: no label": ("usps.bz2", usps_text(ROW, ROW.split(" ", 1)[1])),
+    "usps: no number": ("usps.bz2", usps_text(ROW.replace(":", ":x"))),
+    "usps: an empty line": ("usps.bz2", usps_text(ROW, "", ROW)),
+    "usps: empty file": ("usps.bz2", b""),
+    "usps: truncated": ("usps.bz2", USPS_BZ2[: len(USPS_BZ2) // 2]),
+    "usps: no archive": ("usps.bz2", ROW.encode()),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_files(tmp_path, case):
+    name, (file, content) = case.split(":")[0], DAMAGED[case]
+    fill(tmp_path)
+    load_domain(name, "train", tmp_path)  # before the damage it can be read
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load_domain(name, "train", tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 600
+    # Where counts of MNIST's two files differ, either may be the wrong one.
+    assert str(tmp_path / file) in message or "images but" in message
+    assert f"python download_data.py {name}" in message
+    assert not isinstance(caught.value, MissingData)  # it must be deleted first: fetching would not be tried
+
+
+def test_damaged_file_is_the_one_that_is_named(tmp_path):
+    fill(tmp_path)
+    (tmp_path / MNIST_IMAGES).write_bytes(MNIST_GZ[:50])
+    with pytest.raises(UserError, match="train-images"):
+        load_domain("mnist", "train", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("mnist", MNIST_IMAGES), ("mnist", MNIST_LABELS), ("svhn", "train_32x32.mat"), ("usps", "usps.bz2")],
+)
+def test_missing_files(tmp_path, name, file):
+    fill(tmp_path)
+    (tmp_path / file).unlink()
+    with pytest.raises(MissingData) as caught:
+        load_domain(name, "train", tmp_path)
+    message = str(caught.value)
+    assert str(tmp_path / file) in message
+    assert f"python download_data.py {name} --data-dir {tmp_path}" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", TINY_COUNTS)
+def test_a_data_folder_that_cannot_be_one(tmp_path, name):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("long" * 100)):
+        with pytest.raises(UserError) as caught:
+            load_domain(name, "train", folder)
+        assert str(folder) in str(caught.value)
+        assert "--data-dir" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", TINY_COUNTS)
+def test_a_file_without_permission(tmp_path, name, monkeypatch):
+    """As a user who may not read the file; for root nothing is forbidden, so that the refusal is made up."""
+    fill(tmp_path)
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("scipy.io.loadmat", refuse)
+    with pytest.raises(UserError, match=r"^cannot read .*Permission denied.*: make it readable$") as caught:
+        load_domain(name, "train", tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+# ---- the real data
+
+
+@pytest.mark.parametrize(("name", "counts"), [("mnist", (60000, 10000)), ("usps", (7291, 2007)), ("svhn", None)])
+def test_real_data_has_the_official_counts(real_data, name, counts):
+    for i, split in enumerate(("train", "test")):
+        digits = load_domain(name, split, real_data)
+        assert set(digits.labels.tolist()) == set(range(10))
+        if counts:
+            assert len(digits) == counts[i]
+        else:  # there may be a subset, then the mark says so
+            assert (len(digits) == (73257, 26032)[i]) == (digits.mark == "SVHN")
+            ones = (digits.labels == 1).float().mean()
+            assert digits.labels.bincount().argmax() == 1  # SVHN's ones are its commonest digit, 19 % of it
+            assert 0.12 < ones < 0.26
+
+
+def test_real_mnist_is_what_torchvision_reads(real_data, tmp_path):
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
+    train = load_domain("mnist", "train", real_data)
+    assert train.labels[:5].tolist() == [5, 0, 4, 1, 9]
+    assert train.mark == "MNIST"
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        digits = load_domain("mnist", split, real_data)
+        for kind, read, ours in (
+            ("images-idx3", read_image_file, digits.images[:, 0]),
+            ("labels-idx1", read_label_file, digits.labels),
+        ):
+            source = real_data / f"MNIST/raw/{prefix}-{kind}-ubyte.gz"
+            copy = tmp_path / f"{prefix}-{kind}"
+            copy.write_bytes(gzip.decompress(source.read_bytes()))
+            assert torch.equal(read(str(copy)), ours)
+
+
+def test_real_usps_is_what_torchvision_reads(real_data):
+    from torchvision.datasets import USPS
+
+    theirs = USPS(str(real_data), train=False)
+    ours = load_domain("usps", "test", real_data)
+    assert ours.labels.tolist() == theirs.targets
+    # torchvision cuts off the fraction of a grey level where we round.
+    difference = ours.images[:, 0].numpy().astype(int) - theirs.data.astype(int)
+    assert set(np.unique(difference)) <= {0, 1}
+
+
+def test_real_svhn_is_what_scipy_reads(real_data):
+    from scipy.io import loadmat
+
+    contents = loadmat(real_data / "test_32x32.mat")
+    digits = load_domain("svhn", "test", real_data)
+    for number in (0, 7, len(digits) - 1):
+        assert np.array_equal(digits.images[number].permute(1, 2, 0).numpy(), contents["X"][:, :, :, number])
+        assert digits.labels[number] == contents["y"][number, 0] % 10

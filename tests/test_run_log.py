@@ -1,0 +1,252 @@
+"""What a run writes down for people and programs: metrics.jsonl and TensorBoard events, also after a resume."""
+
+import io
+import itertools
+import json
+import signal
+import socket
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main
+from utils.cli import Interrupted
+from utils.run_log import RunLog, epoch_line
+
+RECORD = {
+    "epoch": 1, "p": 0.1, "lambda_p": 0.462, "learning_rate": 0.01, "loss_label": 2.3, "loss_domain": 1.386,
+    "domain_accuracy": 0.5, "source_accuracy": 0.25, "target_accuracy": 1.0, "seconds": 1.0,
+    "images_per_second": 9000.0,
+}  # fmt: skip
+
+
+class Killed(Exception):
+    """Stands for a process that ends without writing anything more."""
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_trace(monkeypatch):
+    """tensorboardX names a file by second and host; here several writers start within one second."""
+    numbers = itertools.count()
+    monkeypatch.setattr(socket, "gethostname", lambda: f"host{next(numbers):04d}")
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+def read_events(folder):
+    """What TensorBoard shows of a run folder."""
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    return events
+
+
+def curve(folder, tag):
+    return [(event.step, event.value) for event in read_events(folder).Scalars(tag)]
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- metrics.jsonl ----------------------------------------------------------------------------------
+
+
+def test_a_new_log_starts_empty(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "of": "a run that failed"}\n')
+    log = RunLog(tmp_path)
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_resumed_log_drops_the_records_of_epochs_to_be_done_again(tmp_path):
+    log = RunLog(tmp_path)
+    for epoch in (1, 2, 3):
+        log.epoch({"epoch": epoch, "start": "first"})
+    log.close()
+    log = RunLog(tmp_path, resume_step=20, resume_epochs=2)
+    assert records(tmp_path) == [{"epoch": 1, "start": "first"}, {"epoch": 2, "start": "first"}]
+    for epoch in (3, 4):
+        log.epoch({"epoch": epoch, "start": "second"})
+    log.close()
+    assert [(record["epoch"], record["start"]) for record in records(tmp_path)] == [
+        (1, "first"), (2, "first"), (3, "second"), (4, "second"),
+    ]  # fmt: skip
+
+
+def test_a_resumed_log_drops_a_line_that_was_cut_off(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epoch": 3, "p": 0.')
+    log = RunLog(tmp_path, resume_step=20, resume_epochs=2)
+    log.epoch({"epoch": 3})
+    log.close()
+    assert records(tmp_path) == [{"epoch": 1}, {"epoch": 2}, {"epoch": 3}]
+
+
+def test_a_record_is_on_disk_at_once(tmp_path):
+    log = RunLog(tmp_path)
+    log.epoch(RECORD)
+    assert records(tmp_path) == [RECORD]
+    log.close()
+
+
+# --- TensorBoard ------------------------------------------------------------------------------------
+
+
+def test_values_come_back_as_they_were_logged(tmp_path):
+    log = RunLog(tmp_path)
+    log.scalars(0, {"train/loss_label": 2.5, "schedule/p": 0.0})
+    log.scalars(50, {"train/loss_label": 1.25})
+    log.close()
+    assert curve(tmp_path, "train/loss_label") == [(0, 2.5), (50, 1.25)]
+    assert curve(tmp_path, "schedule/p") == [(0, 0.0)]
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1, "one writer and one file a run"
+
+
+def test_resuming_drops_later_events_and_keeps_earlier_ones(tmp_path):
+    log = RunLog(tmp_path)
+    log.images("images/source", 0, torch.rand(4, 3, 8, 8))
+    for step in range(10):
+        log.scalars(step, {"train/loss_label": 100.0 + step})
+    log.scalars(9, {"test/only_at_the_end": 1.0})
+    log.close()
+    log = RunLog(tmp_path, resume_step=5, resume_epochs=0)
+    for step in (5, 6, 7):
+        log.scalars(step, {"train/loss_label": 200.0 + step})
+    log.close()
+    kept = [(step, 100.0 + step) for step in range(5)]
+    assert curve(tmp_path, "train/loss_label") == [*kept, (5, 205.0), (6, 206.0), (7, 207.0)]
+    assert curve(tmp_path, "test/only_at_the_end") == []
+    assert [event.step for event in read_events(tmp_path).Images("images/source")] == [0]
+
+
+def test_images_are_stretched_to_full_range(tmp_path):
+    """Inputs of zero mean are negative in half of their pixels; the picture shows them from black to white."""
+    x = torch.linspace(-3, -1, 64).view(1, 1, 8, 8).expand(2, 3, 8, 8)
+    log = RunLog(tmp_path)
+    log.images("images/target", 0, x, columns=2)
+    log.close()
+    (event,) = read_events(tmp_path).Images("images/target")
+    picture = Image.open(io.BytesIO(event.encoded_image_string))
+    assert picture.size == (2 * 8 + 3 * 2, 8 + 2 * 2)  # two images, two pixels around each
+    pixels = torch.from_numpy(np.array(picture.convert("L"), dtype=np.float32))[2:10, 2:10]
+    expected = torch.linspace(0, 255, 64).view(8, 8)
+    assert (pixels - expected).abs().max() <= 1
+
+
+# --- a whole run ------------------------------------------------------------------------------------
+
+
+def start(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
+    main.main()
+
+
+def settings(tiny_data):
+    return (
+        "--network", "paper-mnist", "--image-size", 32, "--batch-size", 16, "--epochs", 3, "--precision", "fp32",
+        "--device", "cpu", "--no-download", "--data-dir", tiny_data,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny_data, tmp_path_factory):
+    """The folder of a run that nothing interrupted: three epochs of four steps, every third step logged."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(main, "LOG_EVERY_STEPS", 3)
+        start(monkeypatch, *settings(tiny_data), "--run-dir", folder)
+    return folder
+
+
+def interrupt_after_step(monkeypatch, count, interruption):
+    """Call `interruption` once `count` optimiser steps are done."""
+    train_step = main.Trainer.train_step
+    numbers = itertools.count(1)
+
+    def train_and_interrupt(*arguments):
+        outcome = train_step(*arguments)
+        if next(numbers) == count:
+            interruption()
+        return outcome
+
+    monkeypatch.setattr(main.Trainer, "train_step", train_and_interrupt)
+
+
+def kill():
+    raise Killed
+
+
+def press_ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("steps", "interruption"),
+    [
+        pytest.param(6, press_ctrl_c, id="Ctrl-C within the second epoch"),
+        pytest.param(8, press_ctrl_c, id="Ctrl-C in the last step of the second epoch"),
+        pytest.param(5, kill, id="killed right after the first epoch"),
+        pytest.param(7, kill, id="killed within the second epoch, events of which must go"),
+    ],
+)
+def test_a_resumed_run_shows_the_same_curves(monkeypatch, whole_run, tiny_data, tmp_path, steps, interruption):
+    folder = tmp_path / "run"
+    monkeypatch.setattr(main, "LOG_EVERY_STEPS", 3)
+    with monkeypatch.context() as patch:
+        logs = []
+        patch.setattr(main, "RunLog", lambda *a: logs.append(RunLog(*a)) or logs[0])
+        interrupt_after_step(patch, steps, interruption)
+        with pytest.raises((Killed, Interrupted)):
+            start(patch, *settings(tiny_data), "--run-dir", folder)
+    logs[0].close()  # so that what the killed run logged is on disk, as it may be after two minutes
+    start(monkeypatch, "--resume", folder, "--data-dir", tiny_data, "--device", "cpu")
+
+    whole, resumed = read_events(whole_run), read_events(folder)
+    assert sorted(resumed.Tags()["scalars"]) == sorted(whole.Tags()["scalars"])
+    for tag in whole.Tags()["scalars"]:
+        expected, found = whole.Scalars(tag), resumed.Scalars(tag)
+        assert [event.step for event in found] == [event.step for event in expected], tag
+        if tag != "train/images_per_second":
+            assert [event.value for event in found] == [event.value for event in expected], tag
+    for tag in ("images/source", "images/target"):
+        assert [event.step for event in resumed.Images(tag)] == [0], tag
+
+    def timeless(folder):
+        return [
+            {key: value for key, value in record.items() if key not in ("seconds", "images_per_second")}
+            for record in records(folder)
+        ]
+
+    assert timeless(folder) == timeless(whole_run)
+    assert [record["epoch"] for record in timeless(folder)] == [1, 2, 3]
+
+
+def test_resuming_a_finished_run_takes_nothing_away(monkeypatch, whole_run, tiny_data):
+    before = curve(whole_run, "test/target_accuracy")
+    assert len(before) == 3
+    start(monkeypatch, "--resume", whole_run, "--data-dir", tiny_data, "--device", "cpu")
+    assert curve(whole_run, "test/target_accuracy") == before
+    assert [record["epoch"] for record in records(whole_run)] == [1, 2, 3]
+
+
+# --- the screen -------------------------------------------------------------------------------------
+
+
+def test_the_lines_of_epochs_are_aligned():
+    later = RECORD | {"epoch": 12, "p": 1.0, "source_accuracy": 1.0, "domain_accuracy": 1.0, "target_accuracy": 0.0}
+    lines = [epoch_line(record, 100, 8.4) for record in (RECORD, later)]
+    assert lines[0].startswith("epoch   1/100  p 0.100  lambda 0.462  lr 0.0100 | label 2.300  domain 1.386")
+    bars = [[i for i, letter in enumerate(line) if letter == "|"] for line in lines]
+    assert bars[0] == bars[1]
+    assert "100.00%" in lines[1]
+
+
+def test_a_run_without_domain_loss_says_nothing_of_it():
+    line = epoch_line(RECORD | {"loss_domain": None, "domain_accuracy": None}, 4, 1.0)
+    assert "domain" not in line
+    assert "dom-acc" not in line
+    assert "source 25.00%" in line

@@ -1,0 +1,537 @@
+"""Every script from its command line: a dry run of each, what it prints and writes, and the README's commands."""
+
+import hashlib
+import importlib
+import io
+import json
+import math
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import data_loader
+import image_annotate
+import main
+import valid
+from utils import pretrained
+from utils.config import RECIPES, recipe_config, to_dict
+from utils.synth_digits import render_digits
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("main.py", "valid.py", "download_data.py", "image_annotate.py", "tools/report.py")
+KEYS = (
+    "source", "target", "method", "recipe", "seed", "epochs", "source_accuracy", "target_accuracy", "source_correct",
+    "source_total", "target_correct", "target_total", "seconds", "images_per_second", "device", "precision",
+)  # fmt: skip
+SMALL = (
+    "--network", "quick", "--image-size", 32, "--augmentation", "affine", "--batch-size", 16, "--epochs", 1,
+    "--device", "cpu", "--precision", "fp32", "--no-download",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_trace():
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+def run_script(script, *arguments):
+    """Run a script as a process."""
+    return subprocess.run(
+        [sys.executable, script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def start(monkeypatch, *arguments):
+    """Run main.py in this process."""
+    monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
+    main.main()
+
+
+def parser_of(script):
+    """The function of a script that reads sys.argv."""
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    return getattr(module, "parse_arguments", None) or module.parse_args
+
+
+def check_result(result):
+    """The keys of a result, and numbers that agree with each other."""
+    assert not [key for key in KEYS if key not in result]
+    for side in ("source", "target"):
+        correct, total = result[f"{side}_correct"], result[f"{side}_total"]
+        assert isinstance(correct, int)
+        assert 0 <= correct <= total
+        assert result[f"{side}_accuracy"] == correct / total
+    assert result["seconds"] > 0
+    assert result["images_per_second"] > 0
+    assert result["precision"] in ("fp32", "bf16")
+
+
+# --- python main.py --dry-run -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dry_run(tiny_data, tmp_path_factory):
+    """The process `python main.py --dry-run`, with the default recipe, and its run folder."""
+    folder = tmp_path_factory.mktemp("dry") / "run"
+    done = run_script("main.py", "--dry-run", "--data-dir", tiny_data, "--run-dir", folder, "--device", "cpu")
+    yield done, folder
+    shutil.rmtree(folder, ignore_errors=True)  # half a gigabyte
+
+
+@pytest.fixture(scope="module")
+def result(dry_run):
+    """What the last line of its stdout says."""
+    return json.loads(dry_run[0].stdout.splitlines()[-1])
+
+
+def test_dry_run_ends_well(dry_run):
+    done, _ = dry_run
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "\r" not in done.stderr, "no progress bar where there is no terminal"
+    lines = done.stderr.splitlines()
+    assert len([line for line in lines if re.match(r"epoch +[12]/2 ", line)]) == 2
+
+
+def test_result_on_stdout(result):
+    check_result(result)
+    assert (result["source"], result["target"], result["method"]) == ("svhn", "mnist", "dann")
+    assert (result["recipe"], result["seed"], result["epochs"]) == ("dann", 0, 2)
+    assert (result["source_total"], result["target_total"]) == (23, 37)
+    assert result["device"] == "cpu"
+    assert result["dry_run"] is True
+    assert result["steps"] == 2, "two epochs of one step: 64 images in a batch of 128"
+    assert result["command"].startswith("python main.py --dry-run --data-dir ")
+
+
+def test_table_on_stdout(dry_run, result):
+    header, source, target, _ = dry_run[0].stdout.splitlines()
+    assert header.split() == ["test", "set", "accuracy", "correct", "/", "total"]
+    for line, side, title in ((source, "source", "SVHN"), (target, "target", "MNIST")):
+        correct, total = result[f"{side}_correct"], result[f"{side}_total"]
+        assert line.startswith(f"{title} subset, {total} ")
+        assert line.endswith(f" {100 * correct / total:.2f}%  {correct} / {total}")
+
+
+def test_result_file_agrees_with_stdout(dry_run, result, tiny_data):
+    saved = json.loads((dry_run[1] / "result.json").read_text())
+    assert {key: saved[key] for key in result} == result
+    assert set(saved) - set(result) == {"config", "data", "versions"}
+    assert saved["versions"]["torch"] == torch.__version__
+    names = ("train_32x32.mat", "test_32x32.mat")
+    names += tuple(f"MNIST/raw/{f}-ubyte.gz" for f in ("train-images-idx3", "train-labels-idx1"))
+    names += tuple(f"MNIST/raw/{f}-ubyte.gz" for f in ("t10k-images-idx3", "t10k-labels-idx1"))
+    assert {Path(key).name: md5 for key, md5 in saved["data"].items()} == {
+        Path(name).name: hashlib.md5((tiny_data / name).read_bytes()).hexdigest() for name in names
+    }
+
+
+def test_files_of_a_run_folder(dry_run):
+    names = {path.name for path in dry_run[1].iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "result.json", "last.pt", "model.safetensors", "tensorboard"}
+    (events,) = (dry_run[1] / "tensorboard").iterdir()
+    assert events.name.startswith("events.out.tfevents.")
+
+
+def test_config_of_a_run_folder(dry_run):
+    config = json.loads((dry_run[1] / "config.json").read_text())
+    assert config == to_dict(recipe_config("dann")) | {"epochs": 2}
+    assert config == json.loads((dry_run[1] / "result.json").read_text())["config"]
+
+
+def test_metrics_of_a_run_folder(dry_run, result):
+    records = [json.loads(line) for line in (dry_run[1] / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2]
+    assert [record["p"] for record in records] == [0.5, 1.0]
+    for record in records:
+        assert record["lambda_p"] == pytest.approx(2 / (1 + math.exp(-10 * record["p"])) - 1)
+    # The rates of the steps that were done, at p = 0 and 0.5.
+    assert [record["learning_rate"] for record in records] == [0.01, pytest.approx(0.01 / 6**0.75)]
+    assert [records[-1][f"{side}_accuracy"] for side in ("source", "target")] == [
+        result["source_accuracy"], result["target_accuracy"],
+    ]  # fmt: skip
+    # Small random weights know nothing: ten classes, and two domains whose losses are summed.
+    assert records[0]["loss_label"] == pytest.approx(math.log(10), rel=0.02)
+    assert records[0]["loss_domain"] == pytest.approx(2 * math.log(2), rel=0.02)
+    assert 0 <= records[0]["domain_accuracy"] <= 1
+
+
+def test_weights_of_a_run_folder(dry_run, result):
+    weights = load_file(dry_run[1] / "model.safetensors")
+    state = torch.load(dry_run[1] / "last.pt", weights_only=True)
+    assert weights.keys() == state["model"].keys()
+    assert all(torch.equal(weights[key], state["model"][key]) for key in weights)
+    assert sum(weight.numel() for weight in weights.values()) == result["parameters"]
+    assert (state["epoch"], state["step"]) == (2, 0)
+
+
+@pytest.fixture(scope="module")
+def events(dry_run):
+    """What TensorBoard shows of the dry run."""
+    accumulator = EventAccumulator(str(dry_run[1] / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def test_curves_in_tensorboard(events):
+    expected = {"schedule/p", "schedule/lambda_p", "schedule/learning_rate"}
+    expected |= {"train/loss_label", "train/loss_domain", "train/domain_accuracy", "train/images_per_second"}
+    expected |= {"test/source_accuracy", "test/target_accuracy"}
+    expected |= {f"gradient_norm/{part}" for part in ("extractor", "classifier", "discriminator")}
+    assert set(events.Tags()["scalars"]) == expected
+    for tag in expected:
+        assert all(math.isfinite(event.value) for event in events.Scalars(tag)), tag
+    for part in ("classifier", "discriminator"):
+        assert all(event.value > 0 for event in events.Scalars(f"gradient_norm/{part}"))
+
+
+def test_values_in_tensorboard(events, result, dry_run):
+    first = {tag: events.Scalars(tag)[0] for tag in events.Tags()["scalars"]}
+    assert (first["schedule/p"].step, first["schedule/p"].value) == (0, 0)
+    assert first["schedule/lambda_p"].value == 0
+    assert first["schedule/learning_rate"].value == pytest.approx(0.01)
+    record = json.loads((dry_run[1] / "metrics.jsonl").read_text().splitlines()[0])
+    for name in ("loss_label", "loss_domain", "domain_accuracy"):  # an epoch of one step
+        assert first[f"train/{name}"].value == pytest.approx(record[name], rel=1e-5)
+    for side in ("source", "target"):
+        values = [event.value for event in events.Scalars(f"test/{side}_accuracy")]
+        assert len(values) == 2
+        assert values[-1] == pytest.approx(result[f"{side}_accuracy"])
+    assert len(events.Scalars("train/images_per_second")) == 2
+
+
+def test_images_and_settings_in_tensorboard(events):
+    assert sorted(events.Tags()["images"]) == ["images/source", "images/target"]
+    pictures = []
+    for tag in events.Tags()["images"]:
+        (event,) = events.Images(tag)
+        assert event.step == 0
+        pictures.append(Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB"))
+        # 64 images of 28 pixels in rows of 16, two pixels between them and around
+        assert pictures[-1].size == (16 * 30 + 2, 4 * 30 + 2)
+    source, target = (np.asarray(picture).astype(int) for picture in pictures)
+    assert (target[..., 0] == target[..., 2]).all(), "MNIST is grey"
+    assert (source[..., 0] != source[..., 2]).any(), "SVHN has colours"
+    (tag,) = [tag for tag in events.Tags()["tensors"] if tag.startswith("config")]
+    text = events.Tensors(tag)[0].tensor_proto.string_val[0].decode()
+    assert "network: system-a" in text
+
+
+def test_valid_gives_the_counts_of_the_run(dry_run, result, tiny_data):
+    """`python valid.py`, another process on the weights file of the first."""
+    done = run_script("valid.py", "--weights", dry_run[1], "--data-dir", tiny_data, "--device", "cpu", "--no-download")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["weights"] == str(dry_run[1])
+    assert {name: (tested["correct"], tested["total"]) for name, tested in found["domains"].items()} == {
+        result[side]: (result[f"{side}_correct"], result[f"{side}_total"]) for side in ("source", "target")
+    }
+
+
+# --- recipes and methods ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few_synth(monkeypatch):
+    """Some forty synth digits in place of twenty thousand, for want of a minute to render them."""
+    monkeypatch.setattr(
+        data_loader, "load_synth_digits", lambda seed, start, count, folders: render_digits(seed, start, count // 500)
+    )
+
+
+@pytest.mark.parametrize("recipe", sorted(set(RECIPES) - {"dann"}))
+def test_dry_run_of_each_recipe(monkeypatch, capsys, few_synth, tiny_data, tmp_path, recipe):
+    """The default recipe has its own process above."""
+    arguments = ("--recipe", recipe, "--dry-run", "--data-dir", tiny_data, "--run-dir", tmp_path, "--no-download")
+    start(monkeypatch, *arguments, "--device", "cpu")
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    check_result(result)
+    config = recipe_config(recipe)
+    assert (result["recipe"], result["source"], result["target"]) == (recipe, config.source, config.target)
+    assert result["epochs"] == (3 if config.warm_start_epochs else 2)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved == to_dict(config) | {"epochs": 2, "warm_start_epochs": min(1, config.warm_start_epochs)}
+    for big in ("last.pt", "model.safetensors"):
+        (tmp_path / big).unlink()
+
+
+def test_dry_run_of_the_paper_on_small_digits(monkeypatch, capsys, tiny_data, tmp_path):
+    """From MNIST the paper uses another network."""
+    arguments = ("--recipe", "paper", "--source", "mnist", "--target", "usps", "--dry-run", "--no-download")
+    start(monkeypatch, *arguments, "--data-dir", tiny_data, "--run-dir", tmp_path, "--device", "cpu")
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    check_result(result)
+    assert (result["source_total"], result["target_total"]) == (37, 11)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["network"], config["lr_schedule"]) == ("paper-mnist", "annealed")
+
+
+@pytest.mark.parametrize(
+    ("method", "mark"), [("source-only", "SVHN subset, 40"), ("target-only", "MNIST subset, 64")]
+)
+def test_bounds(monkeypatch, capsys, tiny_data, tmp_path, method, mark):
+    """Lower and upper bound: no domain loss, as many steps as the adapted run, and the labels of one domain."""
+    start(monkeypatch, *SMALL, "--method", method, "--data-dir", tiny_data, "--run-dir", tmp_path)
+    said = capsys.readouterr()
+    result = json.loads(said.out.splitlines()[-1])
+    check_result(result)
+    assert (result["method"], result["steps"]) == (method, 4)
+    assert f"labels of {mark}: " in said.err
+    record = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert (record["loss_domain"], record["domain_accuracy"], record["lambda_p"]) == (None, None, 0)
+
+
+def test_default_run_folder_is_named_after_the_run(monkeypatch, capsys, tiny_data, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    start(monkeypatch, *SMALL, "--seed", 3, "--data-dir", tiny_data)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"svhn-mnist-dann-dann-seed3-\d{8}-\d{6}", folder.name)
+    assert (folder / "result.json").exists()
+
+
+# --- seeds ------------------------------------------------------------------------------------------
+
+
+def test_seeds(monkeypatch, tiny_data, tmp_path):
+    """The same seed gives the same weights bit for bit, another seed others; what ran before does not matter."""
+    weights = {}
+    for name, seed in (("first", 0), ("other", 1), ("again", 0)):
+        torch.rand(len(weights) + 1)  # whoever drew before
+        start(monkeypatch, *SMALL, "--seed", seed, "--data-dir", tiny_data, "--run-dir", tmp_path / name)
+        weights[name] = load_file(tmp_path / name / "model.safetensors")
+    first, other, again = weights.values()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    differing = [key for key in first if not torch.equal(first[key], other[key])]
+    assert [key for key in first if key.endswith("weight") and key not in differing] == []
+    records = [json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in weights]
+    losses = [(record["loss_label"], record["loss_domain"]) for record in records]
+    assert losses[0] == losses[2] != losses[1]
+
+
+# --- command lines ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(monkeypatch, capsys, script):
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        parser_of(script)()
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: ")
+    assert "examples:" in text, "two real examples in the epilog"
+    assert len(re.findall(rf"^ +python {re.escape(script)}", text, re.MULTILINE)) >= 2
+
+
+@pytest.mark.parametrize("script", ["download_data.py", "tools/report.py"])
+def test_help_of_a_process(script):
+    """The two that need no torch, and so start at once."""
+    done = run_script(script, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: {Path(script).name}")
+
+
+def test_examples_in_help_parse(monkeypatch, capsys):
+    for script in SCRIPTS:
+        monkeypatch.setattr(sys, "argv", [script, "--help"])
+        with pytest.raises(SystemExit):
+            parser_of(script)()
+        lines = re.findall(r"^ +python (\S+\.py.*?)(?:   .*)?$", capsys.readouterr().out, re.MULTILINE)
+        for line in lines:
+            name, *arguments = shlex.split(line)
+            monkeypatch.setattr(sys, "argv", [name, *arguments])
+            parser_of(name)()  # SystemExit fails the test
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_shows_the_values_of_the_recipe(monkeypatch, capsys, recipe):
+    monkeypatch.setattr(sys, "argv", ["main.py", "--recipe", recipe, "--help"])
+    with pytest.raises(SystemExit):
+        main.parse_arguments()
+    text = " ".join(capsys.readouterr().out.split())
+    config = recipe_config(recipe)
+    assert re.search(rf"--epochs N [^-]*\(default: {config.epochs}\)", text)
+    assert re.search(rf"images of each domain in a step \(default: {config.batch_size}\)", text)
+    assert re.search(rf"learning rate μ_0 \(default: {config.lr}\)", text)
+    assert f"architecture (default: {config.network})" in text
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "told"),
+    [
+        ("main.py", ["--rec", "quick"], "--rec"),
+        ("main.py", ["--dry"], "--dry"),
+        ("main.py", ["--recipe", "slow"], "'slow'"),
+        ("main.py", ["--source", "letters"], "'letters'"),
+        ("main.py", ["--epochs", "many"], "'many'"),
+        ("main.py", ["--resume", "runs/a", "--run-dir", "runs/b"], "--run-dir"),
+        ("valid.py", ["--weight", "quick"], "--weight"),
+        ("valid.py", ["--domains"], "--domains"),
+        ("download_data.py", ["--data", "here"], "--data"),
+        ("download_data.py", ["letters"], "'letters'"),
+        ("image_annotate.py", ["--out", "here", "-f", "a.png"], "--out"),
+        ("image_annotate.py", [], "--file"),
+        ("tools/report.py", ["--che"], "--che"),
+    ],
+)
+def test_usage_mistakes(monkeypatch, capsys, script, arguments, told):
+    """Abbreviations are mistakes too: they would change their meaning with the next option."""
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        parser_of(script)()
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert told in said.err.splitlines()[-1]
+
+
+def readme_commands():
+    """The command lines of the README's bash blocks that start one of the scripts, continued lines joined."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    commands = []
+    for line in "".join(blocks).replace("\\\n", " ").splitlines():
+        if re.match(rf"python ({'|'.join(map(re.escape, SCRIPTS))})(\s|$)", line.strip()):
+            lexer = shlex.shlex(line.strip(), posix=True, punctuation_chars="|;&>")
+            lexer.whitespace_split = True
+            words = list(lexer)
+            end = next((i for i, word in enumerate(words) if word[0] in "|;&>"), len(words))
+            commands.append(words[1:end])
+    return commands
+
+
+def test_commands_of_the_readme(monkeypatch, capsys):
+    commands = readme_commands()
+    assert {script for script, *_ in commands} >= {"main.py", "valid.py", "download_data.py", "image_annotate.py"}
+    for script, *arguments in commands:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        try:
+            parsed = parser_of(script)()
+            if script == "main.py" and "--resume" not in arguments:
+                main.configure(*parsed)  # settings out of range, or that do not fit each other
+        except SystemExit as ended:
+            pytest.fail(f"python {shlex.join([script, *arguments])} exits {ended.code}: {capsys.readouterr().err}")
+
+
+# --- python image_annotate.py -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_data, tmp_path_factory):
+    """The folder of a run of the small network."""
+    folder = tmp_path_factory.mktemp("annotate") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        start(monkeypatch, *SMALL, "--normalisation", "per-image", "--data-dir", tiny_data, "--run-dir", folder)
+    return folder
+
+
+@pytest.fixture
+def seven(tmp_path):
+    """A picture of a digit, wider than high."""
+    picture = Image.new("RGB", (40, 30), (200, 180, 90))
+    ImageDraw.Draw(picture).line([(12, 6), (26, 6), (17, 25)], (20, 30, 120), 3)
+    picture.save(tmp_path / "seven.png")
+    return tmp_path / "seven.png"
+
+
+def annotate(monkeypatch, capsys, *arguments):
+    """Run image_annotate.py in this process; returns what each line of its stdout says."""
+    monkeypatch.setattr(sys, "argv", ["image_annotate.py", *map(str, arguments)])
+    capsys.readouterr()
+    image_annotate.main()
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def _shelf(monkeypatch, tmp_path_factory):
+    """An index of weights of the tests' own, for what runs in this process."""
+    shelf = tmp_path_factory.mktemp("shelf")
+    index = {"default": "none", "weights": {"none": {"file": "none", "sha256": "0" * 64, "url": None}}}
+    (shelf / "index.json").write_text(json.dumps(index))
+    monkeypatch.setattr(pretrained, "PRETRAINED", shelf)
+
+
+def test_annotating_a_picture(weights, seven, tmp_path):
+    """`python image_annotate.py -f seven.png`, a process: the reading on stdout, and the picture with a caption."""
+    out = tmp_path / "out"
+    done = run_script("image_annotate.py", "-f", seven, "--weights", weights, "--output-dir", out, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    said = json.loads(line)
+    assert said["image"] == str(seven)
+    assert said["annotated"] == str(out / "seven-annotated.png")
+    assert [path.name for path in out.iterdir()] == ["seven-annotated.png"]
+
+    # The reading, from the pixels on: padded to a square with the colour of the border, and the network's answer.
+    square = np.full((40, 40, 3), (200, 180, 90), np.uint8)
+    square[5:35] = np.asarray(Image.open(seven))
+    reader = valid.load_reader(str(weights), torch.device("cpu"))
+    with torch.no_grad():
+        logits = reader.model(reader.preprocess(torch.from_numpy(square).permute(2, 0, 1)[None]))
+    probabilities = logits[0].double().exp() / logits[0].double().exp().sum()
+    assert said["digit"] == int(probabilities.argmax())
+    assert said["confidence"] == pytest.approx(float(probabilities.max()), abs=2e-4)
+
+    # The picture itself is there, enlarged without blurring, with something written below it.
+    page, picture = np.asarray(Image.open(out / "seven-annotated.png")), np.asarray(Image.open(seven))
+    scale = page.shape[1] // 40
+    assert scale * 40 >= 256
+    assert (page[: 30 * scale, : 40 * scale] == picture.repeat(scale, 0).repeat(scale, 1)).all()
+    caption = page[30 * scale :]
+    assert len(caption) >= 20
+    assert (caption.min(), caption.max()) < (100, 256), "black on white"
+
+
+def test_pictures_of_every_kind_are_read_alike(monkeypatch, capsys, weights, tmp_path):
+    """Grey, palette, transparent, 16-bit and turned by its camera: what looks the same is read the same."""
+    grey = np.full((24, 24), 255, np.uint8)
+    grey[4:7, 6:18] = grey[7:20, 12:15] = 0  # black on white
+    picture = Image.fromarray(grey)
+    picture.save(tmp_path / "grey.png")
+    picture.convert("RGB").save(tmp_path / "colour.bmp")
+    picture.convert("P").save(tmp_path / "palette.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    black = np.zeros((24, 24, 4), np.uint8)
+    black[..., 3] = 255 - grey
+    Image.fromarray(black).save(tmp_path / "transparent.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter to be seen upright
+    picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    files = sorted(path for path in tmp_path.iterdir() if path.is_file())
+    assert len(files) == 6
+    lines = annotate(monkeypatch, capsys, "-f", *files, "--weights", weights, "--output-dir", tmp_path / "out")
+    assert [line["image"] for line in lines] == [str(path) for path in files]
+    assert len({(line["digit"], line["confidence"]) for line in lines}) == 1, lines
+    assert len(list((tmp_path / "out").iterdir())) == 6
+
+
+def test_pictures_that_differ_are_read_differently(monkeypatch, capsys, weights, seven, tmp_path):
+    """The counterpart of the test above."""
+    Image.open(seven).rotate(180).save(tmp_path / "turned.png")
+    arguments = ("-f", seven, tmp_path / "turned.png", "--weights", weights, "--output-dir", tmp_path / "out")
+    first, second = annotate(monkeypatch, capsys, *arguments)
+    assert first["confidence"] != second["confidence"]
+
+
+def test_a_name_among_the_images_of_the_code(monkeypatch, capsys, weights, seven, tmp_path):
+    (tmp_path / "images").mkdir()
+    shutil.move(seven, tmp_path / "images" / "a digit.png")
+    monkeypatch.setattr(image_annotate, "IMAGES", tmp_path / "images")
+    (line,) = annotate(
+        monkeypatch, capsys, "-f", "a digit.png", "--weights", weights, "--output-dir", tmp_path / "out"
+    )
+    assert line["image"] == str(tmp_path / "images" / "a digit.png")
+    assert Path(line["annotated"]).exists()

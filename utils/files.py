@@ -1,0 +1,45 @@
+"""Files are written to a temporary name and renamed: none that is half written ever bears its final name."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from utils.cli import UserError
+
+
+# torch and safetensors wrap what the file system says in errors of their own.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` fill a temporary file beside `path`, then rename it; raises UserError when that fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except WRITE_ERRORS as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
+        raise UserError(f"cannot write {path} ({reason}): free some space, or choose another folder") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON for people to read: indented, a newline at the end."""
+    write_atomically(path, lambda file: file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n"))
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents; raises UserError when it can't be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to the folder {path} ({error.strerror}): choose another one") from None
