@@ -10,7 +10,6 @@ from safetensors import SafetensorError
 
 from utils.cli import UserError
 
-
 # torch and safetensors wrap what the file system says in errors of their own.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
