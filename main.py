@@ -159,6 +159,8 @@ class Trainer:
             group["lr"] = mu_p
         optimizer.zero_grad(set_to_none=True)
         (loss_label + loss_domain).backward()
+        if config.clip_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         optimizer.step()
         if config.max_norm:
             limit_norms(model, config.max_norm)

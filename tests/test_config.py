@@ -7,6 +7,7 @@ import math
 import re
 
 import pytest
+import torch
 
 import main
 from data_loader import DOMAINS
@@ -35,7 +36,9 @@ def run_parser(monkeypatch, *words: str) -> tuple[argparse.Namespace, dict]:
 
 
 def configure(monkeypatch, *words: str) -> Config:
-    return main.configure(*run_parser(monkeypatch, *words))[0]
+    """The settings that a call of main.py trains with, but for the precision, which depends on the machine."""
+    config, _ = main.configure(*run_parser(monkeypatch, *words), torch.device("cpu"))
+    return dataclasses.replace(config, precision="auto")
 
 
 # ---- flags and help
@@ -149,6 +152,14 @@ def test_nothing_given_is_the_recipe(monkeypatch):
 def test_a_flag_beats_the_recipe(monkeypatch):
     config = configure(monkeypatch, "--recipe", "cnn-grl", "--lr", "0.5", "--frozen-convolutions")
     assert config == dataclasses.replace(recipe_config("cnn-grl"), lr=0.5, frozen_convolutions=())
+
+
+@pytest.mark.parametrize("hardware", [False, True])
+def test_precision_is_resolved_before_it_is_saved(hardware, monkeypatch):
+    monkeypatch.setattr("utils.machine.has_bf16", lambda device: hardware)
+    for words, expected in (([], "bf16" if hardware else "fp32"), (["fp32"], "fp32"), (["bf16"], "bf16")):
+        parsed = run_parser(monkeypatch, *(["--precision", *words] if words else []))
+        assert main.configure(*parsed, torch.device("cpu"))[0].precision == expected
 
 
 @pytest.mark.parametrize(

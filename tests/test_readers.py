@@ -15,9 +15,9 @@ from conftest import TINY_COUNTS, usps_line, write_idx, write_svhn, write_usps
 from scipy.io import savemat
 
 import data_loader
-from data_loader import DOMAINS, MissingData, is_split, load_domain
+from data_loader import DOMAINS, MissingData, load_domain
 from utils.cli import UserError
-from utils.data_files import DATA_FILES, DataFile
+from utils.data_files import DATA_FILES, DataFile, data_files
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (12, 28, 28), dtype=np.uint8)
@@ -207,8 +207,9 @@ def test_the_official_files_are_not_marked(monkeypatch, tiny_data):
 
 
 def test_files_belong_to_their_split():
-    train = {file.path for files in DATA_FILES.values() for file in files if is_split(file.path, "train")}
-    test = {file.path for files in DATA_FILES.values() for file in files if is_split(file.path, "test")}
+    train, test = (
+        {file.path for name in DATA_FILES for file in data_files(name, split)} for split in ("train", "test")
+    )
     assert train == {"train_32x32.mat", MNIST_IMAGES, MNIST_LABELS, "usps.bz2"}
     assert test == {
         "test_32x32.mat",
@@ -216,6 +217,8 @@ def test_files_belong_to_their_split():
         "MNIST/raw/t10k-labels-idx1-ubyte.gz",
         "usps.t.bz2",
     }
+    assert all(data_files(name) == DATA_FILES[name] for name in DATA_FILES)
+    assert data_files("synth") == data_files("optdigits", "test") == ()
 
 
 # ---- what is missing or damaged

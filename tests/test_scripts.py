@@ -146,9 +146,10 @@ def test_files_of_a_run_folder(dry_run):
     assert events.name.startswith("events.out.tfevents.")
 
 
-def test_config_of_a_run_folder(dry_run):
+def test_config_of_a_run_folder(dry_run, result):
+    """The recipe's settings, but the precision that was used in place of `auto`."""
     config = json.loads((dry_run[1] / "config.json").read_text())
-    assert config == to_dict(recipe_config("dann")) | {"epochs": 2}
+    assert config == to_dict(recipe_config("dann")) | {"epochs": 2, "precision": result["precision"]}
     assert config == json.loads((dry_run[1] / "result.json").read_text())["config"]
 
 
@@ -263,7 +264,8 @@ def test_dry_run_of_each_recipe(monkeypatch, capsys, few_synth, tiny_data, tmp_p
     assert (result["recipe"], result["source"], result["target"]) == (recipe, config.source, config.target)
     assert result["epochs"] == (3 if config.warm_start_epochs else 2)
     saved = json.loads((tmp_path / "config.json").read_text())
-    assert saved == to_dict(config) | {"epochs": 2, "warm_start_epochs": min(1, config.warm_start_epochs)}
+    changed = {"epochs": 2, "warm_start_epochs": min(1, config.warm_start_epochs), "precision": result["precision"]}
+    assert saved == to_dict(config) | changed
     for big in ("last.pt", "model.safetensors"):
         (tmp_path / big).unlink()
 
@@ -279,9 +281,7 @@ def test_dry_run_of_the_paper_on_small_digits(monkeypatch, capsys, tiny_data, tm
     assert (config["network"], config["lr_schedule"]) == ("paper-mnist", "annealed")
 
 
-@pytest.mark.parametrize(
-    ("method", "mark"), [("source-only", "SVHN subset, 40"), ("target-only", "MNIST subset, 64")]
-)
+@pytest.mark.parametrize(("method", "mark"), [("source-only", "SVHN subset, 40"), ("target-only", "MNIST subset, 64")])
 def test_bounds(monkeypatch, capsys, tiny_data, tmp_path, method, mark):
     """Lower and upper bound: no domain loss, as many steps as the adapted run, and the labels of one domain."""
     start(monkeypatch, *SMALL, "--method", method, "--data-dir", tiny_data, "--run-dir", tmp_path)
@@ -319,6 +319,18 @@ def test_seeds(monkeypatch, tiny_data, tmp_path):
     records = [json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in weights]
     losses = [(record["loss_label"], record["loss_domain"]) for record in records]
     assert losses[0] == losses[2] != losses[1]
+
+
+def test_initial_weights_depend_on_the_seed(monkeypatch, tiny_data, tmp_path):
+    """At a rate that moves no weight, what differs is where the two runs began."""
+    runs = []
+    for seed in (0, 1):
+        arguments = (*SMALL, "--lr", 1e-12, "--seed", seed, "--data-dir", tiny_data, "--run-dir", tmp_path / str(seed))
+        start(monkeypatch, *arguments)
+        runs.append(load_file(tmp_path / str(seed) / "model.safetensors"))
+    matrices = [key for key, value in runs[0].items() if value.ndim > 1]
+    assert len(matrices) == 7, "three convolutions and four linear layers"
+    assert all((runs[0][key] - runs[1][key]).abs().max() > 0.01 for key in matrices)
 
 
 # --- command lines ----------------------------------------------------------------------------------
@@ -404,12 +416,14 @@ def readme_commands():
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     commands = []
     for line in "".join(blocks).replace("\\\n", " ").splitlines():
-        if re.match(rf"python ({'|'.join(map(re.escape, SCRIPTS))})(\s|$)", line.strip()):
-            lexer = shlex.shlex(line.strip(), posix=True, punctuation_chars="|;&>")
-            lexer.whitespace_split = True
-            words = list(lexer)
-            end = next((i for i, word in enumerate(words) if word[0] in "|;&>"), len(words))
-            commands.append(words[1:end])
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="|;&>")
+        lexer.whitespace_split = True
+        words = list(lexer)
+        ends = [i for i, word in enumerate(words) if word[0] in "|;&>"] + [len(words)]
+        for first, end in zip([0] + [i + 1 for i in ends], ends, strict=False):
+            command = words[first:end]
+            if len(command) > 1 and Path(command[0]).name == "python" and command[1] in SCRIPTS:
+                commands.append(command[1:])
     return commands
 
 
@@ -421,7 +435,7 @@ def test_commands_of_the_readme(monkeypatch, capsys):
         try:
             parsed = parser_of(script)()
             if script == "main.py" and "--resume" not in arguments:
-                main.configure(*parsed)  # settings out of range, or that do not fit each other
+                main.configure(*parsed, torch.device("cpu"))  # settings out of range, or that do not fit each other
         except SystemExit as ended:
             pytest.fail(f"python {shlex.join([script, *arguments])} exits {ended.code}: {capsys.readouterr().err}")
 
@@ -530,8 +544,6 @@ def test_a_name_among_the_images_of_the_code(monkeypatch, capsys, weights, seven
     (tmp_path / "images").mkdir()
     shutil.move(seven, tmp_path / "images" / "a digit.png")
     monkeypatch.setattr(image_annotate, "IMAGES", tmp_path / "images")
-    (line,) = annotate(
-        monkeypatch, capsys, "-f", "a digit.png", "--weights", weights, "--output-dir", tmp_path / "out"
-    )
+    (line,) = annotate(monkeypatch, capsys, "-f", "a digit.png", "--weights", weights, "--output-dir", tmp_path / "out")
     assert line["image"] == str(tmp_path / "images" / "a digit.png")
     assert Path(line["annotated"]).exists()

@@ -194,8 +194,8 @@ def _no_network(monkeypatch):
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "127.0.0.1,localhost")
 
-    def no_download(names, data_dir):
-        raise UserError(f"a test tried to download {list(names)} to {data_dir}")
+    def no_download(names, *arguments, **options):
+        raise UserError(f"a test tried to download {list(names)}")
 
     monkeypatch.setattr(valid, "fetch", no_download)
 

@@ -60,6 +60,7 @@ class Config:
     optimizer: str = _setting("sgd", "optimiser", "update rule", choices=("sgd", "adamw"))
     lr: float = _setting(0.01, "optimiser", "learning rate μ_0")
     momentum: float = _setting(0.9, "optimiser", "momentum of SGD")
+    clip_norm: float = _setting(0.0, "optimiser", "bound on the l2 norm of the whole gradient; 0: none")
     weight_decay: float = _setting(1e-5, "optimiser", "l2 penalty (SGD) or decoupled decay (AdamW)")
     lr_schedule: str = _setting(
         "annealed", "optimiser",
@@ -202,6 +203,7 @@ def check(config: Config) -> None:
         "warm_start_epochs",
         "weight_decay",
         "max_norm",
+        "clip_norm",
         "lr_decay",
         "lambda_max",
         "lr_alpha",
