@@ -159,7 +159,7 @@ class Trainer:
             group["lr"] = mu_p
         optimizer.zero_grad(set_to_none=True)
         (loss_label + loss_domain).backward()
-        if config.clip_norm:
+        if self.adapts and config.clip_norm:  # the reversed loss has no bound, its gradient can explode
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         optimizer.step()
         if config.max_norm:

@@ -43,6 +43,15 @@ SMALL = (
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Networks this small gain nothing from a second thread, and would wait for it on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def _leave_no_trace(monkeypatch, tmp_path):
     """No network, a shelf of weights of the test's own, and afterwards the handler of Ctrl-C as it was."""
@@ -177,7 +186,7 @@ def test_no_network_for_missing_data(tmp_path):
     data, run = tmp_path / "data", tmp_path / "run"
     done = subprocess.run(
         [sys.executable, "main.py", "--data-dir", data, "--run-dir", run, "--device", "cpu"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 1
     message = the_error(done.stderr)
@@ -502,7 +511,7 @@ def test_full_disk_for_tensorboard(tiny_data, tmp_path):
     arguments = (*SMALL, "--epochs", 12, "--data-dir", tiny_data, "--run-dir", tmp_path / "run")
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK_FOR_EVENTS, *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True, timeout=45,
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     message = the_error(done.stderr)
@@ -647,7 +656,7 @@ def test_weights_that_are_none_in_a_process(tmp_path):
     random_bytes(tmp_path / "weights.pt")
     done = subprocess.run(
         [sys.executable, "valid.py", "--weights", tmp_path / "weights.pt", "--no-download"],
-        cwd=ROOT, capture_output=True, text=True, timeout=60,
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 1
     assert "weights.pt is not a checkpoint of tensors" in the_error(done.stderr)

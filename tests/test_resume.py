@@ -37,6 +37,15 @@ class Killed(Exception):
     """Stands for a process that ends without writing anything more."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Networks this small gain nothing from a second thread, and would wait for it on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def _leave_no_trace(monkeypatch):
     """Put the handler of Ctrl-C back, and have no test reach for the network."""
@@ -336,7 +345,7 @@ def test_ctrl_c_of_a_process(tiny_data, tmp_path):
             if line.startswith("epoch   1/"):
                 break
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 130, before + err

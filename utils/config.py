@@ -60,7 +60,6 @@ class Config:
     optimizer: str = _setting("sgd", "optimiser", "update rule", choices=("sgd", "adamw"))
     lr: float = _setting(0.01, "optimiser", "learning rate μ_0")
     momentum: float = _setting(0.9, "optimiser", "momentum of SGD")
-    clip_norm: float = _setting(0.0, "optimiser", "bound on the l2 norm of the whole gradient; 0: none")
     weight_decay: float = _setting(1e-5, "optimiser", "l2 penalty (SGD) or decoupled decay (AdamW)")
     lr_schedule: str = _setting(
         "annealed", "optimiser",
@@ -74,6 +73,9 @@ class Config:
     gamma: float = _setting(10.0, "gradient reversal", "γ in λ_p = λ_max · (2/(1+exp(−γp)) − 1)")
     lambda_max: float = _setting(1.0, "gradient reversal", "λ_max, what λ_p tends to")
     lambda_update: str = _setting("step", "gradient reversal", "how often λ_p changes", choices=("step", "epoch"))
+    clip_norm: float = _setting(
+        0.0, "gradient reversal", "bound on the whole gradient's l2 norm while reversing; 0: none"
+    )
     domain_loss: str = _setting(
         "sum", "gradient reversal", "the domains' mean losses are summed (chance: 2·ln 2) or averaged (chance: ln 2)",
         choices=("sum", "mean"),
