@@ -99,11 +99,13 @@ def _as_tensors(domain: str, path: Path, images: np.ndarray, labels: np.ndarray)
     return torch.from_numpy(np.array(images, order="C")), torch.from_numpy(labels)
 
 
-def _parse_idx(path: Path) -> np.ndarray:
+def _parse_idx(path: Path, dimensions: int) -> np.ndarray:
     """MNIST's IDX format: two zero bytes, type 8 (uint8), number of dimensions, big-endian sizes, data."""
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     if len(data) < 4 or data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * data[3]:
         raise ValueError("no IDX header")
+    if data[3] != dimensions:
+        raise ValueError(f"{data[3]} dimensions, not {dimensions}")
     shape = np.frombuffer(data, ">u4", data[3], offset=4)
     body = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
     if body.size != np.prod(shape, dtype=np.int64):
@@ -116,8 +118,8 @@ def read_mnist(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
     prefix = "train" if split == "train" else "t10k"
     images = _find("mnist", data_dir, f"MNIST/raw/{prefix}-images-idx3-ubyte.gz")
     labels = _find("mnist", data_dir, f"MNIST/raw/{prefix}-labels-idx1-ubyte.gz")
-    pixels = _parse("mnist", images, _parse_idx)[:, None]
-    return _as_tensors("mnist", labels, pixels, _parse("mnist", labels, _parse_idx))
+    pixels = _parse("mnist", images, lambda path: _parse_idx(path, 3))[:, None]
+    return _as_tensors("mnist", labels, pixels, _parse("mnist", labels, lambda path: _parse_idx(path, 1)))
 
 
 def read_svhn(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
@@ -149,6 +151,8 @@ def read_usps(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
         values = np.array([[item.split(b":")[1] for item in row[1:]] for row in rows], dtype=np.float32)
         if values.shape[1:] != (256,):
             raise ValueError(f"{values.shape[1:]} values a line, not 256")
+        if not (np.abs(values) <= 1).all():
+            raise ValueError("values outside [-1, 1]")
         return ((values.reshape(-1, 1, 16, 16) + 1) / 2 * 255).round().astype(np.uint8), labels
 
     path = _find("usps", data_dir, "usps.bz2" if split == "train" else "usps.t.bz2")
@@ -247,7 +251,7 @@ class Preprocessing:
         if self.normalisation == "per-image":
             mean = x.mean((1, 2, 3), keepdim=True)
             # A blank image stays zero: its deviation is 0 and nothing is divided by it.
-            x = (x - mean) / x.std((1, 2, 3), keepdim=True).clamp_min(1e-3)
+            x = (x - mean) / x.std((1, 2, 3), correction=0, keepdim=True).clamp_min(1e-3)
         if x.shape[1] == 1:
             x = x.expand(-1, 3, -1, -1)
         if self.normalisation == "mean":

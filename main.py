@@ -429,7 +429,7 @@ def configure(args: argparse.Namespace, settings: dict, device: torch.device) ->
 
 
 def run_folder(args: argparse.Namespace, config: Config) -> Path:
-    """Make the folder of this run; a new run never goes into the folder of an old one."""
+    """The folder of this run, not yet made; a new run never goes into the folder of an old one."""
     if args.resume:
         return args.resume
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -437,7 +437,6 @@ def run_folder(args: argparse.Namespace, config: Config) -> Path:
     folder = args.run_dir or Path("runs") / name
     if (folder / "last.pt").exists() or (folder / "result.json").exists():
         raise UserError(f"{folder} holds a run already: go on with `--resume {folder}`, or choose another --run-dir")
-    make_folder(folder)
     return folder
 
 
@@ -447,12 +446,13 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     device = machine.choose_device(args.device)
     config, state = configure(args, settings, device)
+    folder = run_folder(args, config)
     pair = load_pair(config, args.data_dir, args.download, args.dry_run)
     mean = (0.0, 0.0, 0.0)
     if config.normalisation == "mean":
         mean = mean_pixel((pair.labelled.images, pair.target_images))
     preprocess = Preprocessing(config.image_size, config.normalisation, mean)
-    folder = run_folder(args, config)
+    make_folder(folder)
     trainer = Trainer(config, pair, preprocess, device, folder)
     if state:
         trainer.load(state)

@@ -107,6 +107,7 @@ OTHER = {
     "gamma": ("4", 4.0),
     "lambda_max": ("0.1", 0.1),
     "lambda_update": ("epoch", "epoch"),
+    "clip_norm": ("0.75", 0.75),
     "domain_loss": ("mean", "mean"),
     "precision": ("bf16", "bf16"),
 }
@@ -190,8 +191,8 @@ def test_usage_errors(words, monkeypatch, capsys):
 OUT_OF_RANGE = [
     ("epochs", 0), ("epochs", -3), ("batch_size", 0), ("lr", 0.0), ("lr", -0.1), ("lr", math.nan),
     ("image_size", 0), ("gamma", 0.0), ("gamma", -1.0), ("warm_start_epochs", -1), ("weight_decay", -1e-5),
-    ("max_norm", -1.0), ("lr_decay", -1e-5), ("lambda_max", -0.5), ("lambda_max", math.nan), ("lr_alpha", -1.0),
-    ("seed", -1), ("momentum", -0.1), ("dropout", 1.0), ("dropout", -0.1), ("dropout", math.nan),
+    ("max_norm", -1.0), ("clip_norm", -1.0), ("lr_decay", -1e-5), ("lambda_max", -0.5), ("lambda_max", math.nan),
+    ("lr_alpha", -1.0), ("seed", -1), ("momentum", -0.1), ("dropout", 1.0), ("dropout", -0.1), ("dropout", math.nan),
     ("frozen_convolutions", (0,)), ("frozen_convolutions", (2, -1)),
 ]  # fmt: skip
 

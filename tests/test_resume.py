@@ -48,13 +48,13 @@ def _one_thread():
 
 @pytest.fixture(autouse=True)
 def _leave_no_trace(monkeypatch):
-    """Put the handler of Ctrl-C back, and have no test reach for the network."""
+    """Python's own handler of Ctrl-C, and afterwards the one before; and no test reaches for the network."""
 
     def no_download(names, *arguments, **options):
         raise UserError(f"a test tried to download {list(names)}")
 
     monkeypatch.setattr(valid, "fetch", no_download)
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     yield
     signal.signal(signal.SIGINT, handler)
 

@@ -62,7 +62,7 @@ class ByHand:
 
     def __init__(self, model: nn.Module, config: Config, adapts: bool = True):
         self.model, self.config, self.adapts = copy.deepcopy(model), config, adapts
-        self.step_number, self.first, self.second = 0, {}, {}
+        self.step_number, self.first, self.second, self.norms = 0, {}, {}, []  # norms: of each step's whole gradient
 
     def losses(self, x_s, y_s, x_t):
         model = self.model
@@ -98,6 +98,10 @@ class ByHand:
                 gradients[weight] = gradients[weight] - lambda_p * gradient  # equation 4: the extractor climbs
             gradients.update(zip(theta_d, torch.autograd.grad(loss_d, theta_d), strict=True))  # equation 6: no λ
         self.step_number += 1
+        self.norms.append(math.sqrt(sum(gradient.square().sum().item() for gradient in gradients.values())))
+        if self.adapts and self.config.clip_norm:
+            scale = min(1.0, self.config.clip_norm / self.norms[-1])
+            gradients = {weight: scale * gradient for weight, gradient in gradients.items()}
         with torch.no_grad():
             for weight, gradient in gradients.items():
                 getattr(self, self.config.optimizer)(weight, gradient, mu_p)
@@ -145,6 +149,7 @@ CASES = {
     "paper": PAPER,
     "quick": QUICK,
     "two outputs": dataclasses.replace(SMALL_A, network="system-b", domain_loss="mean"),
+    "clipped": dataclasses.replace(SMALL_A, clip_norm=1.1),
     "joint batch statistics": dataclasses.replace(QUICK, separate_domains=False, optimizer="sgd", weight_decay=0.0),
 }
 STEPS = [(0.3, 0.01), (0.8, 0.004), (1.0, 0.02)]  # λ_p and μ_p of three steps
@@ -164,6 +169,8 @@ def test_steps_are_those_written_out(case, tmp_path):
         assert loss_label == pytest.approx(expected[0].item(), rel=1e-5)
         assert loss_domain == pytest.approx(expected[1].item(), rel=1e-5)
         assert accuracy == pytest.approx(expected[2])
+    if config.clip_norm:  # the bound binds in some steps and not in others
+        assert min(by_hand.norms) < config.clip_norm < max(by_hand.norms)
     actual = changes(trainer.model, before)
     assert_same_changes(actual, changes(by_hand.model, before), 1e-4)
     wrong = changes(wrong_sign.model, before)  # and the comparison does see the sign in front of λ
@@ -207,7 +214,7 @@ def test_max_norm_limits_what_exceeds_it_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("method", ["source-only", "target-only"])
 def test_the_bounds_take_label_gradients_alone(method, tmp_path):
-    config = dataclasses.replace(QUICK, method=method)
+    config = dataclasses.replace(QUICK, method=method, clip_norm=1e-3)  # which is for the reversed gradient alone
     trainer = make_trainer(config, tmp_path, double=True)
     before = copy.deepcopy(trainer.model.state_dict())
     by_hand = ByHand(trainer.model, config, adapts=False)

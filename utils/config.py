@@ -5,6 +5,7 @@ A recipe is a `Config`; each of its fields is a flag of `main.py`, and the whole
 
 import argparse
 import dataclasses
+import math
 from dataclasses import dataclass, field
 
 from utils.cli import UserError
@@ -218,6 +219,12 @@ def check(config: Config) -> None:
     for name in not_negative:
         if not getattr(config, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative, it is {getattr(config, name)}")
+    for item in dataclasses.fields(Config):
+        value = getattr(config, item.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{item.name.replace('_', '-')} must be a finite number, not {value}")
+    if any(number < 1 for number in config.frozen_convolutions):
+        raise UserError(f"--frozen-convolutions counts from 1, not {min(config.frozen_convolutions)}")
     if not 0 <= config.dropout < 1:
         raise UserError(f"--dropout must be at least 0 and below 1, not {config.dropout}")
     if config.source == config.target:
