@@ -5,6 +5,7 @@ Whole sets live as uint8 tensors on the training device; a batch is gathered, au
 
 import bz2
 import gzip
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,7 +71,7 @@ def _find(domain: str, data_dir: Path, name: str) -> Path:
         raise UserError(
             f"cannot read {path} ({error.strerror}): give a folder that can be read as --data-dir"
         ) from None
-    command = f"python download_data.py {domain} --data-dir {data_dir}"
+    command = f"python download_data.py {domain} --data-dir {shlex.quote(str(data_dir))}"
     raise MissingData(f"{data_dir / name} is missing: run `{command}`")
 
 

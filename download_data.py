@@ -128,7 +128,7 @@ def main() -> None:
     args = parse_arguments()
     print(f"data folder: {args.data_dir}")
     for name in dict.fromkeys(args.names or DATA_FILES):
-        for file in DATA_FILES[name]:
+        for file in data_files(name):
             state = _fetch_file(name, file, args.data_dir)
             path = args.data_dir / file.path
             stored = path if path.exists() else path.with_suffix("")

@@ -7,6 +7,7 @@ A picture is read as one digit: crop a longer number into its digits first.
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import matplotlib
@@ -28,9 +29,9 @@ def open_picture(path: Path) -> Image.Image:
     """Open a picture upright, in RGB, transparency on white; raises UserError for what is none or is absurdly large."""
     try:
         with Image.open(path) as picture:
-            if picture.width * picture.height > LARGEST_PIXELS:
-                size = f"{picture.width}×{picture.height}"
-                raise UserError(f"{path} has {size} pixels, more than {LARGEST_PIXELS:,}: make it smaller")
+            if max(picture.size) ** 2 > LARGEST_PIXELS:  # it is going to be padded to a square
+                size, side = f"{picture.width}×{picture.height}", math.isqrt(LARGEST_PIXELS)
+                raise UserError(f"{path} has {size} pixels, a side has at most {side:,}: make it smaller")
             picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith("I"):  # 16-bit grey: Pillow would clip it at 255
                 values = np.asarray(picture, dtype=np.float32)
@@ -102,13 +103,16 @@ def main() -> None:
     ]
     device = machine.choose_device(args.device)
     reader = load_reader(args.weights, device, args.download)
-    make_folder(args.output_dir)
-    for path, picture in zip(paths, pictures, strict=True):
-        probabilities = predict(reader.model, as_square(picture), reader.preprocess, device, "fp32")[0]
-        digit, confidence = int(probabilities.argmax()), float(probabilities.max())
-        output = args.output_dir / f"{path.stem}-annotated.png"
+    outputs = [args.output_dir / f"{path.stem}-annotated.png" for path in paths]
+    for path, output in zip(paths, outputs, strict=True):
         if output.resolve() in {other.resolve() for other in paths}:
             raise UserError(f"{output} is one of the pictures to read: choose another --output-dir")
+        if outputs.count(output) > 1:
+            raise UserError(f"{path} and another picture would both become {output}: annotate them one by one")
+    make_folder(args.output_dir)
+    for path, picture, output in zip(paths, pictures, outputs, strict=True):
+        probabilities = predict(reader.model, as_square(picture), reader.preprocess, device, "fp32")[0]
+        digit, confidence = int(probabilities.argmax()), float(probabilities.max())
         page = annotated(picture, f"{digit}   {confidence:.1%}")
         write_atomically(output, lambda file, page=page: page.save(file, "PNG"))
         line = {"image": str(path), "digit": digit, "confidence": round(confidence, 4), "annotated": str(output)}

@@ -7,11 +7,14 @@ Writes a run folder: config.json, metrics.jsonl, result.json, last.pt, model.saf
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
+import shlex
 import signal
 import time
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -29,7 +32,7 @@ from data_loader import (
     mean_pixel,
     seed_of,
 )
-from model import DANN, IMAGE_SIZES, domain_loss, predicted_target
+from model import BATCH_NORMED, DANN, IMAGE_SIZES, domain_loss, predicted_target
 from utils import machine
 from utils.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from utils.cli import Interrupted, UserError, run_script
@@ -121,6 +124,8 @@ class Trainer:
         self.train_seconds = self.seconds = 0.0
         self.sums = torch.zeros(4, device=device)  # of this epoch: label loss, domain loss, domain hits, steps
         self.stop_requested = False
+        self.command, self.dry_run = machine.command_line(), False
+        self.resume_command = f"python main.py --resume {shlex.quote(str(folder))}"
 
     @property
     def adapts(self) -> bool:
@@ -218,6 +223,11 @@ class Trainer:
 
     def save(self) -> None:
         """Write last.pt; a run that goes on from it ends with the same bits (CPU, fp32)."""
+        if not all(weight.isfinite().all() for weight in self.model.state_dict().values()):
+            raise UserError(
+                f"the weights are not finite after step {self.epoch * self.loader.steps + self.step}: "
+                "try a smaller --lr or --precision fp32"
+            )
         cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         state = {
             "about": self.about,
@@ -230,6 +240,8 @@ class Trainer:
             "sums": self.sums,
             "seconds": self.seconds,
             "train_seconds": self.train_seconds,
+            "command": self.command,
+            "dry_run": self.dry_run,
             "rng": torch.get_rng_state(),
             "rng_cuda": cuda,
         }
@@ -240,16 +252,32 @@ class Trainer:
         if state["steps_per_epoch"] != self.loader.steps:
             raise UserError(
                 f"{self.folder} had {state['steps_per_epoch']} steps an epoch, this data gives {self.loader.steps}: "
-                "resume with the same data (and --dry-run, if it was one)"
+                "resume with the same data"
             )
         self.model.load_state_dict(state["model"])
         self.epoch, self.step = state["epoch"], state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.sums = state["sums"].to(self.device)
         self.seconds, self.train_seconds = state["seconds"], state["train_seconds"]
+        self.command = state["command"]
         torch.set_rng_state(state["rng"])
         if state["rng_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng_cuda"])
+
+
+@contextlib.contextmanager
+def stop_on_ctrl_c(trainer: Trainer) -> Iterator[None]:
+    """Have the first Ctrl-C stop the training after its step; a second one ends at once."""
+
+    def request_stop(signum, frame) -> None:
+        trainer.stop_requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = signal.signal(signal.SIGINT, request_stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def train(trainer: Trainer, preprocess: Preprocessing, log: RunLog) -> tuple[Evaluation, Evaluation]:
@@ -259,11 +287,6 @@ def train(trainer: Trainer, preprocess: Preprocessing, log: RunLog) -> tuple[Eva
     started = time.perf_counter()
     source, target = None, None
 
-    def request_stop(signum, frame) -> None:
-        trainer.stop_requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
-
-    handler = signal.signal(signal.SIGINT, request_stop)
     while trainer.epoch < trainer.epochs:
         epoch_started = time.perf_counter()
         steps_before = trainer.step
@@ -275,8 +298,7 @@ def train(trainer: Trainer, preprocess: Preprocessing, log: RunLog) -> tuple[Eva
             trainer.save()
             log.close()
             raise Interrupted(
-                f"interrupted at epoch {trainer.epoch + 1}, step {trainer.step}: "
-                f"go on with `python main.py --resume {trainer.folder}`"
+                f"interrupted at epoch {trainer.epoch + 1}, step {trainer.step}: go on with `{trainer.resume_command}`"
             )
         images = images_per_step(config, trainer.adapts) * (trainer.step - steps_before)
         loss_label, loss_domain, hits, steps = trainer.sums.tolist()  # waits for the device, once an epoch
@@ -302,12 +324,11 @@ def train(trainer: Trainer, preprocess: Preprocessing, log: RunLog) -> tuple[Eva
             "images_per_second": images / train_seconds,
         }
         log.epoch(record)
-        step = trainer.epoch * trainer.loader.steps
+        step = trainer.epoch * trainer.loader.steps - 1  # the last one done: a resumed run keeps it
         log.scalars(step, {f"test/{name}_accuracy": record[f"{name}_accuracy"] for name in ("source", "target")})
         log.scalars(step, {"train/images_per_second": record["images_per_second"]})
         say(epoch_line(record, trainer.epochs, time.perf_counter() - epoch_started))
         trainer.save()
-    signal.signal(signal.SIGINT, handler)
     if source is None:  # resumed after its last epoch
         source = evaluate(trainer.model, pair.source_test, preprocess, trainer.device, trainer.precision)
         target = evaluate(trainer.model, pair.target_test, preprocess, trainer.device, trainer.precision)
@@ -319,7 +340,7 @@ def images_per_step(config: Config, adapts: bool) -> int:
     return config.batch_size * (2 if adapts else 1)
 
 
-def result_record(trainer: Trainer, source: Evaluation, target: Evaluation, dry_run: bool) -> dict:
+def result_record(trainer: Trainer, source: Evaluation, target: Evaluation) -> dict:
     """The run in one record: what result.json holds."""
     config = trainer.config
     steps = trainer.epochs * trainer.loader.steps
@@ -341,10 +362,10 @@ def result_record(trainer: Trainer, source: Evaluation, target: Evaluation, dry_
         "machine": machine.describe(trainer.device),
         "precision": trainer.precision,
         **trainer.pair.marks,
-        "dry_run": dry_run,
+        "dry_run": trainer.dry_run,
         "steps": steps,
         "parameters": sum(w.numel() for w in trainer.model.parameters()),
-        "command": machine.command_line(),
+        "command": trainer.command,
         "commit": machine.commit(),
         "versions": machine.versions(),
         "data": trainer.pair.checksums,
@@ -393,6 +414,8 @@ def parse_arguments() -> tuple[argparse.Namespace, dict]:
     group.add_argument("--dry-run", action="store_true", help=f"two epochs on {DRY_RUN_IMAGES} images: does it run?")
     args = parser.parse_args()
     settings = {key: vars(args).pop(key) for key in list(vars(args)) if hasattr(defaults, key)}
+    if args.threads is not None and args.threads < 1:
+        raise UserError(f"--threads must be above 0, not {args.threads}")
     if args.resume and args.run_dir:
         parser.error("--resume goes on in its own folder: leave --run-dir out")
     return args, settings
@@ -421,6 +444,12 @@ def configure(args: argparse.Namespace, settings: dict, device: torch.device) ->
             raise UserError(
                 f"--resume goes on with the settings of {args.resume} ({told}): leave them out, or start a new run"
             )
+    with torch.device("meta"):  # shapes alone, no weights
+        layers = len(DANN(config.network).extractor.convolutions())
+    if any(number > layers for number in config.frozen_convolutions):
+        raise UserError(f"--frozen-convolutions: the network {config.network} has {layers} convolutions")
+    if config.network in BATCH_NORMED and config.batch_size < 2:
+        raise UserError(f"--batch-size must be at least 2 for the batch statistics of the network {config.network}")
     if config.image_size != IMAGE_SIZES[config.network]:
         raise UserError(
             f"the network {config.network} takes --image-size {IMAGE_SIZES[config.network]}, not {config.image_size}"
@@ -447,13 +476,17 @@ def main() -> None:
     device = machine.choose_device(args.device)
     config, state = configure(args, settings, device)
     folder = run_folder(args, config)
-    pair = load_pair(config, args.data_dir, args.download, args.dry_run)
+    dry_run = state["dry_run"] if state else args.dry_run
+    pair = load_pair(config, args.data_dir, args.download, dry_run)
     mean = (0.0, 0.0, 0.0)
     if config.normalisation == "mean":
         mean = mean_pixel((pair.labelled.images, pair.target_images))
     preprocess = Preprocessing(config.image_size, config.normalisation, mean)
     make_folder(folder)
     trainer = Trainer(config, pair, preprocess, device, folder)
+    trainer.dry_run = dry_run
+    if args.data_dir != Path("data"):
+        trainer.resume_command += f" --data-dir {shlex.quote(str(args.data_dir))}"
     if state:
         trainer.load(state)
 
@@ -470,10 +503,11 @@ def main() -> None:
         write_json(folder / "config.json", to_dict(config))
     log = RunLog(folder, trainer.epoch * pair.steps + trainer.step, trainer.epoch)
     log.text("config", "\n".join(f"    {key}: {value}" for key, value in to_dict(config).items()))
-    source, target = train(trainer, preprocess, log)
+    with stop_on_ctrl_c(trainer):
+        source, target = train(trainer, preprocess, log)
     log.close()
     save_weights(folder / "model.safetensors", trainer.model.state_dict(), trainer.about)
-    result = result_record(trainer, source, target, args.dry_run)
+    result = result_record(trainer, source, target)
     write_json(folder / "result.json", result)
 
     print(f"{'test set':28} {'accuracy':>9}  correct / total")

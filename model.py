@@ -133,6 +133,7 @@ NETWORKS: dict[str, Callable[[str, float], nn.Sequential]] = {
     "paper-mnist": _paper_mnist,
     "quick": _quick,
 }
+BATCH_NORMED = ("quick",)
 IMAGE_SIZES = {"system-a": 28, "system-b": 32, "paper-svhn": 32, "paper-mnist": 32, "quick": 32}
 
 

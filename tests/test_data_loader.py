@@ -260,8 +260,8 @@ def test_mean_normalisation_by_hand():
 def test_per_image_normalisation_by_hand():
     images = torch.tensor([[[[0, 255], [255, 0]]]], dtype=torch.uint8)
     x = Preprocessing(2, "per-image")(images)
-    # Mean 1/2, sum of squared deviations 1, divided by 4 − 1: the values are ±(1/2)·√3.
-    torch.testing.assert_close(x[0, 0], torch.tensor([[-1.0, 1.0], [1.0, -1.0]]) * 0.75**0.5)
+    # Mean 1/2, sum of squared deviations 1, divided by 4: the values are ±1.
+    torch.testing.assert_close(x[0, 0], torch.tensor([[-1.0, 1.0], [1.0, -1.0]]))
 
 
 def test_per_image_normalisation_against_numpy():

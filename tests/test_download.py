@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import download_data
+from utils import data_files
 from utils import download as download_module
 from utils.cli import Interrupted, UserError
 from utils.data_files import DATA_FILES, DataFile, md5_of
@@ -132,7 +133,7 @@ def files_below(folder):
 
 
 def use_files(monkeypatch, *files):
-    monkeypatch.setattr(download_data, "DATA_FILES", {"usps": files})
+    monkeypatch.setattr(data_files, "DATA_FILES", {"usps": files})
 
 
 # --- one file ---------------------------------------------------------------------------------------
@@ -422,7 +423,7 @@ def test_real_files_are_recognised_without_a_network(monkeypatch, capsys, refuse
         name: tuple(dataclasses.replace(file, urls=(refused_url,)) for file in DATA_FILES[name])
         for name in ("mnist", "usps")
     }
-    monkeypatch.setattr(download_data, "DATA_FILES", offline)
+    monkeypatch.setattr(data_files, "DATA_FILES", offline)
     download_data.fetch(["mnist", "usps"], folder)  # would raise if it tried to download
     said = capsys.readouterr().err
     for file in (*DATA_FILES["mnist"], *DATA_FILES["usps"]):

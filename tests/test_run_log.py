@@ -259,4 +259,4 @@ def test_a_run_without_domain_loss_says_nothing_of_it():
     line = epoch_line(RECORD | {"loss_domain": None, "domain_accuracy": None}, 4, 1.0)
     assert "domain" not in line
     assert "dom-acc" not in line
-    assert "source 25.00%" in line
+    assert "source  25.00%" in line

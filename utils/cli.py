@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed (one line on stderr), 2 usage (argparse), 130 interrupted.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -16,16 +17,30 @@ class Interrupted(Exception):
     """Ctrl-C, after everything worth keeping was written; the message says where."""
 
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main function and turn what the user can mend into one line and an exit code."""
     try:
-        main()
-        sys.stdout.flush()
+        try:
+            main()
+            sys.stdout.flush()
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            _discard_output()
+            raise UserError(f"{error.strerror}: free some and run it again") from None
     except (UserError, Interrupted, KeyboardInterrupt, BrokenPipeError) as error:
         if isinstance(error, BrokenPipeError):  # `... | head` closed the pipe: nobody reads on
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard_output()
             raise SystemExit(1) from None
         interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
         text = " ".join(str(error).split()) or "interrupted"
         print(text if interrupted else f"error: {text}", file=sys.stderr)
         raise SystemExit(130 if interrupted else 1) from None
+
+
+def _discard_output() -> None:
+    """Let what is still to be printed go nowhere, so that closing stdout can't fail once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -38,19 +38,21 @@ def find_weights(name: str | None, allow_download: bool = True) -> Path:
             raise UserError(
                 f"{name} has no checksum: add #sha256=<the file's sha256> to the URL, or download it and give its path"
             )
-        return _from_cache(Path(urlsplit(url).path).name, fragment.removeprefix("sha256="), url, allow_download)
+        return _from_cache(
+            Path(urlsplit(url).path).name or "weights", fragment.removeprefix("sha256="), url, allow_download
+        )
+    if name and Path(name).exists():
+        path = Path(name) / "model.safetensors" if Path(name).is_dir() else Path(name)
+        if not path.is_file():
+            raise UserError(f"no weights at {path}: name a weights file or the folder of a finished run")
+        return path
     index = read_index()
     entry = index["weights"].get(name or index["default"])
     if entry is None:
-        path = Path(name)
-        path = path / "model.safetensors" if path.is_dir() else path
-        if not path.is_file():
-            names = ", ".join(index["weights"])
-            raise UserError(f"no weights at {path}: name a file or run folder, or one of {names}")
-        return path
+        raise UserError(f"no weights at {name}: name a file or run folder, or one of {', '.join(index['weights'])}")
     shipped = PRETRAINED / entry["file"]
     if shipped.is_file():
-        if _sha256(shipped) != entry["sha256"]:
+        if _sha256(shipped) != entry["sha256"].lower():
             raise UserError(
                 f"{shipped} is damaged (wrong sha256): restore it with `git checkout {shipped}`, or delete it"
             )
@@ -63,7 +65,7 @@ def _from_cache(file: str, sha256: str, url: str | None, allow_download: bool) -
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / f"{sha256[:12]}-{file}"
     for cached in (path.with_name(file), path):  # torch hub's own name, then ours
-        if cached.is_file() and _sha256(cached) == sha256:
+        if cached.is_file() and _sha256(cached) == sha256.lower():
             return cached
     if url is None:
         raise UserError(f"{PRETRAINED / file} is missing: restore it with `git checkout {PRETRAINED / file}`")

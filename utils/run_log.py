@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from tensorboardX import SummaryWriter
 from torchvision.utils import make_grid
 
 from utils.cli import UserError
+from utils.files import write_atomically
 
 
 def say(text: str = "") -> None:
@@ -28,16 +30,26 @@ class RunLog:
     def __init__(self, folder: Path, resume_step: int = 0, resume_epochs: int = 0):
         self.metrics = folder / "metrics.jsonl"
         kept = self.metrics.read_text().splitlines()[:resume_epochs] if self.metrics.exists() else []
-        self._write(lambda: self.metrics.write_text("".join(line + "\n" for line in kept)))
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step or None)
+        write_atomically(self.metrics, lambda file: file.write_text("".join(line + "\n" for line in kept)))
+        self.folder = folder / "tensorboard"
+        self.failure: BaseException | None = None
+        # The writer's thread ends on an error; a queue that is never full keeps us from waiting for it for ever.
+        self.previous_hook, threading.excepthook = threading.excepthook, self._thread_failed
+        try:
+            self.folder.mkdir(exist_ok=True)
+            self.writer = SummaryWriter(str(self.folder), purge_step=resume_step or None, max_queue=10_000)
+        except OSError as error:
+            raise self._cannot_write(self.folder, error) from None
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log values under tags with slashes at an optimiser step."""
+        self._check()
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
 
     def images(self, tag: str, step: int, x: torch.Tensor, columns: int = 16) -> None:
         """Log a grid of network inputs, each stretched to [0, 1]. Shape: (N, 3, H, W)."""
+        self._check()
         self.writer.add_image(tag, make_grid(x.float().cpu(), columns, normalize=True, scale_each=True), step)
 
     def text(self, tag: str, text: str) -> None:
@@ -46,34 +58,49 @@ class RunLog:
 
     def epoch(self, record: dict) -> None:
         """Append one record to metrics.jsonl."""
-
-        def append() -> None:
+        try:
             with self.metrics.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-
-        self._write(append)
+        except OSError as error:
+            raise self._cannot_write(self.metrics, error) from None
 
     def close(self) -> None:
         """Flush everything to disk."""
-        self.writer.close()
-
-    def _write(self, action) -> None:
+        self._check()
         try:
-            action()
+            self.writer.close()
         except OSError as error:
-            raise UserError(
-                f"cannot write {self.metrics} ({error.strerror}): free some space, or choose --run-dir"
-            ) from None
+            self.failure = error
+        self._check()
+        threading.excepthook = self.previous_hook
+
+    def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
+        if issubclass(failed.exc_type, OSError) and "tensorboardX" in type(failed.thread).__module__:
+            self.failure = failed.exc_value
+        else:
+            self.previous_hook(failed)
+
+    def _check(self) -> None:
+        """Raise UserError when the events can't be written: the writer itself would go on in silence."""
+        if self.failure is not None:
+            # What is left in its buffers can't be written either: without this, closing it would try again.
+            self.writer.file_writer.event_writer._closed = True
+            raise self._cannot_write(self.folder, self.failure)
+
+    @staticmethod
+    def _cannot_write(path: Path, error: BaseException) -> UserError:
+        reason = getattr(error, "strerror", None) or error
+        return UserError(f"cannot write {path} ({reason}): free some space, or choose another --run-dir")
 
 
 def epoch_line(record: dict, epochs: int, seconds: float) -> str:
     """One aligned line on the screen for an epoch."""
     domain = ""
     if record["loss_domain"] is not None:
-        domain = f"  domain {record['loss_domain']:.3f}  dom-acc {record['domain_accuracy']:5.1%}"
+        domain = f"  domain {record['loss_domain']:.3f}  dom-acc {record['domain_accuracy']:6.1%}"
     return (
         f"epoch {record['epoch']:3d}/{epochs}  p {record['p']:.3f}  lambda {record['lambda_p']:.3f}  "
         f"lr {record['learning_rate']:.4f} | label {record['loss_label']:.3f}{domain} | "
-        f"source {record['source_accuracy']:6.2%}  target {record['target_accuracy']:6.2%} | "
+        f"source {record['source_accuracy']:7.2%}  target {record['target_accuracy']:7.2%} | "
         f"{seconds:.1f}s  {record['images_per_second']:,.0f} img/s"
     )
