@@ -319,6 +319,17 @@ def test_a_checkpoint_that_is_no_run_is_refused(tmp_path):
         start("--resume", tmp_path)
 
 
+@pytest.mark.parametrize("key", ["model", "optimizer", "step", "rng", "command", "dry_run"])
+def test_a_checkpoint_that_lacks_something_is_refused(small_run, tiny_data, tmp_path, key):
+    """Of an earlier version, say: one line that names the file, and no KeyError."""
+    state = torch.load(small_run / "last.pt", weights_only=True)
+    state.pop(key)
+    torch.save(state, tmp_path / "last.pt")
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
+        go_on(tmp_path, tiny_data)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
 def test_a_run_of_another_version_is_refused(half_run, tiny_data):
     state = torch.load(half_run / "last.pt", weights_only=True)
     state["config"]["a_setting_of_tomorrow"] = 1

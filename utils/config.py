@@ -148,6 +148,7 @@ def _quick(source: str, target: str) -> Config:
         epochs=4,
         batch_size=64,
         separate_domains=True,
+        augmentation="affine",
         optimizer="adamw",
         lr=2e-3,
         weight_decay=0.01,
