@@ -52,6 +52,10 @@ from valid import Evaluation, evaluate, load_or_fetch
 
 LOG_EVERY_STEPS = 50
 DRY_RUN_IMAGES = 256
+CHECKPOINT_KEYS = {
+    *("about", "config", "model", "optimizer", "epoch", "step", "steps_per_epoch", "sums"),
+    *("seconds", "train_seconds", "command", "dry_run", "rng", "rng_cuda"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,12 +205,7 @@ class Trainer:
             # On the CPU there is nothing to wait for; elsewhere looking at the losses waits for the device.
             if step % LOG_EVERY_STEPS == 0 or self.device.type == "cpu":
                 loss_label, loss_domain, domain_accuracy = outcome.tolist()
-                if not math.isfinite(loss_label + loss_domain):
-                    raise UserError(
-                        f"the loss is not finite at step {step} (epoch {self.epoch + 1}): label loss {loss_label:.4g}, "
-                        f"domain loss {loss_domain:.4g}, lambda_p {lambda_p:.4g}, learning rate {mu_p:.4g}; "
-                        "try a smaller --lr or --precision fp32"
-                    )
+                self.check_loss(loss_label, loss_domain, f", lambda_p {lambda_p:.4g}, learning rate {mu_p:.4g}")
             if step % LOG_EVERY_STEPS == 0:
                 log.scalars(step, {"schedule/p": p, "schedule/lambda_p": lambda_p, "schedule/learning_rate": mu_p})
                 log.scalars(step, {"train/loss_label": loss_label})
@@ -220,6 +219,16 @@ class Trainer:
             self.step += 1
             if self.stop_requested:
                 break
+
+    def check_loss(self, loss_label: float, loss_domain: float, state: str = "") -> None:
+        """Raise UserError when a loss is not finite; `state` says with what it came about."""
+        if not math.isfinite(loss_label + loss_domain):
+            step = self.epoch * self.loader.steps + self.step
+            raise UserError(
+                f"the loss is not finite at step {step} (epoch {self.epoch + 1}): "
+                f"label loss {loss_label:.4g}, domain loss {loss_domain:.4g}{state}; "
+                "try a smaller --lr or --precision fp32"
+            )
 
     def save(self) -> None:
         """Write last.pt; a run that goes on from it ends with the same bits (CPU, fp32)."""
@@ -249,11 +258,8 @@ class Trainer:
 
     def load(self, state: dict) -> None:
         """Go on from what `save` wrote."""
-        if state["steps_per_epoch"] != self.loader.steps:
-            raise UserError(
-                f"{self.folder} had {state['steps_per_epoch']} steps an epoch, this data gives {self.loader.steps}: "
-                "resume with the same data"
-            )
+        if state["steps_per_epoch"] != self.loader.steps or state["about"] != self.about:
+            raise UserError(f"{self.folder} was trained on other data: resume with the same --data-dir")
         self.model.load_state_dict(state["model"])
         self.epoch, self.step = state["epoch"], state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -302,6 +308,7 @@ def train(trainer: Trainer, preprocess: Preprocessing, log: RunLog) -> tuple[Eva
             )
         images = images_per_step(config, trainer.adapts) * (trainer.step - steps_before)
         loss_label, loss_domain, hits, steps = trainer.sums.tolist()  # waits for the device, once an epoch
+        trainer.check_loss(loss_label, loss_domain)
         adapts = trainer.adapts
         trainer.epoch, trainer.step = trainer.epoch + 1, 0
 
@@ -434,8 +441,11 @@ def configure(args: argparse.Namespace, settings: dict, device: torch.device) ->
         state = None
     else:
         state = load_checkpoint(args.resume / "last.pt")
-        if "config" not in state:
-            raise UserError(f"{args.resume / 'last.pt'} is no checkpoint of a run: name a folder that main.py wrote")
+        if missing := sorted(CHECKPOINT_KEYS - state.keys()):
+            raise UserError(
+                f"{args.resume / 'last.pt'} is no checkpoint of a run of this version (it lacks {', '.join(missing)}): "
+                "name a folder that main.py wrote, or train again"
+            )
         config = from_dict(state["config"])
         asked = config_from_arguments(settings, config)
         changed = [key for key in settings if getattr(asked, key) != getattr(config, key)]

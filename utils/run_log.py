@@ -85,6 +85,7 @@ class RunLog:
         if self.failure is not None:
             # What is left in its buffers can't be written either: without this, closing it would try again.
             self.writer.file_writer.event_writer._closed = True
+            threading.excepthook = self.previous_hook
             raise self._cannot_write(self.folder, self.failure)
 
     @staticmethod
