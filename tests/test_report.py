@@ -161,6 +161,12 @@ def test_commands_that_differ_in_more_than_the_seed_are_all_shown(tmp_path):
     assert r"`python main.py \| tee log`<br>`python main.py --seed 1 --workers 2`" in text
 
 
+def test_the_folder_of_a_run_is_no_part_of_its_command(tmp_path):
+    first = result(command="python main.py --run-dir 'my runs/0' --epochs 12 --seed 0")
+    second = result(seed=1, command="python main.py --run-dir=runs/1 --epochs 12 --seed 1")
+    assert "`python main.py --epochs 12 --seed 0, 1`" in render(tmp_path, first, second)
+
+
 def test_the_mark_of_unofficial_data_is_carried(tmp_path):
     text = render(tmp_path, result(**SUBSET), result())
     official, subset = text.index("**SVHN → MNIST**"), text.index("**SVHN subset, 23,412 → MNIST**")

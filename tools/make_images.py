@@ -17,7 +17,7 @@ SYNTH_SEED = 1  # not the seed of the training images
 
 def main() -> None:
     digits = load_digits()
-    seven = digits.images[1297:][np.flatnonzero(digits.target[1297:] == 7)[0]]
+    seven = digits.images[1297:][np.flatnonzero(digits.target[1297:] == 7)[7]]
     ink = Image.fromarray((255 - seven * (255 / 16)).round().astype(np.uint8))
     ink.resize((128, 128), Image.BICUBIC).save(ROOT / "images" / "seven.png")
 

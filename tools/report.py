@@ -180,19 +180,25 @@ def runs_cell(row: list[dict]) -> str:
     return f"{seeds}, {first['epochs']} epochs, {seconds:,.0f} s on {escape('; '.join(where))}"
 
 
+def command_of(run: dict) -> str:
+    """The run's command without the folder it went to, which changes nothing."""
+    return re.sub(r"\s--run-dir[ =]('[^']*'|\S+)", "", run["command"])
+
+
 def command_cell(row: list[dict]) -> str:
     """The row's command, once for all seeds where it differs in nothing else."""
     if len(row) == 1:
-        return code(row[0]["command"])
+        return code(command_of(row[0]))
     seeds = [run["seed"] for run in row]
     in_line = len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1))
     shown = f"{seeds[0]} … {seeds[-1]}" if in_line else ", ".join(map(str, seeds))
     commands = []
     for run in row:
-        command = run["command"] if "--seed" in run["command"] else f"{run['command']} --seed {run['seed']}"
+        command = command_of(run)
+        command = command if "--seed" in command else f"{command} --seed {run['seed']}"
         commands.append(re.sub(rf"(--seed[ =]){run['seed']}\b", rf"\g<1>{shown}", command))
     if len(set(commands)) > 1:
-        commands = [run["command"] for run in row]
+        commands = [command_of(run) for run in row]
     return "<br>".join(code(command) for command in dict.fromkeys(commands))
 
 
