@@ -3,6 +3,9 @@
     python main.py                                      # SVHN -> MNIST, recipe dann
     python main.py --recipe quick                       # synth -> optdigits, needs no download, a minute on two cores
 
+The second command takes a minute and reads 79.7 % ± 5.9 of the handwritten digits (five seeds), where the same network
+without reversal reads 69.3 % ± 3.5: results/synth-optdigits.
+
 Writes a run folder: config.json, metrics.jsonl, result.json, last.pt, model.safetensors, tensorboard/.
 """
 
