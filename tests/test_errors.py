@@ -43,15 +43,6 @@ SMALL = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Networks this small gain nothing from a second thread, and would wait for it on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def _leave_no_trace(monkeypatch, tmp_path):
     """No network, a shelf of weights of the test's own, and afterwards the handler of Ctrl-C as it was."""

@@ -37,15 +37,6 @@ class Killed(Exception):
     """Stands for a process that ends without writing anything more."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Networks this small gain nothing from a second thread, and would wait for it on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def _leave_no_trace(monkeypatch):
     """Python's own handler of Ctrl-C, and afterwards the one before; and no test reaches for the network."""

@@ -37,15 +37,6 @@ def digit_set(images, labels):
     return DigitSet("mnist", "test", images, labels, "MNIST", {})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Networks this small gain nothing from a second thread, and would wait for it on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def network():
     """A network with dropout and running statistics of its own, as if it had been trained."""
