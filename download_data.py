@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from utils.cli import UserError, run_script
+from utils.cli import UserError, run_script, script_parser
 from utils.data_files import DATA_FILES, LICENCES, DataFile, data_files, md5_of
 from utils.download import download
 
@@ -101,11 +101,9 @@ def _command(name: str, data_dir: Path) -> str:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = script_parser(
         description=__doc__,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     domains = " ".join(DATA_FILES)
     parser.add_argument("names", nargs="*", metavar="domain", help=f"any of: {domains} (default: all of them)")

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from utils import machine
-from utils.cli import UserError, run_script
+from utils.cli import UserError, run_script, script_parser
 from utils.files import make_folder, write_atomically
 from valid import load_reader, predict
 
@@ -73,22 +73,18 @@ def annotated(picture: Image.Image, text: str) -> Image.Image:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = script_parser(
         description="Read a picture as one digit and write it with the reading on it.",
         epilog="examples:\n"
         "  python image_annotate.py -f seven.png                    a name in images/, or any path\n"
         "  python image_annotate.py -f a.jpg b.jpg --weights runs/NAME",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("-f", "--file", nargs="+", required=True, metavar="IMG", help="pictures to read")
     parser.add_argument("--weights", metavar="NAME", help="as in valid.py (default: the same)")
     parser.add_argument(
         "--output-dir", type=Path, default=Path("runs/annotated"), metavar="DIR", help="(default: %(default)s)"
     )
-    parser.add_argument(
-        "--device", choices=machine.DEVICES, default="auto", help="auto: CUDA, MPS or CPU (default: %(default)s)"
-    )
+    machine.add_device_argument(parser)
     parser.add_argument(
         "--download", action=argparse.BooleanOptionalAction, default=True, help="fetch missing weights (default: yes)"
     )

@@ -38,7 +38,7 @@ from data_loader import (
 from model import BATCH_NORMED, DANN, IMAGE_SIZES, domain_loss, predicted_target
 from utils import machine
 from utils.checkpoint import load_checkpoint, save_checkpoint, save_weights
-from utils.cli import Interrupted, UserError, run_script
+from utils.cli import Interrupted, UserError, run_script, script_parser
 from utils.config import (
     Config,
     add_config_arguments,
@@ -394,23 +394,16 @@ def parse_arguments() -> tuple[argparse.Namespace, dict]:
     except KeyError:
         defaults = recipe_config("dann")  # the full parser says what is wrong
 
-    parser = argparse.ArgumentParser(
+    parser = script_parser(
         description="Train on labelled source and unlabelled target images by gradient reversal. "
         f"The defaults shown are those of the recipe {defaults.recipe}.",
         epilog="examples:\n"
         "  python main.py --recipe quick                  built-in data, about a minute on two cores\n"
         "  python main.py --data-dir data --epochs 12     SVHN -> MNIST, a shorter schedule",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add_config_arguments(parser, defaults, tuple(DOMAINS))
     group = parser.add_argument_group("run")
-    group.add_argument(
-        "--device",
-        choices=machine.DEVICES,
-        default="auto",
-        help="auto: CUDA, MPS or CPU (default: %(default)s)",
-    )
+    machine.add_device_argument(group)
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     group.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="(default: %(default)s)")
     group.add_argument("--run-dir", type=Path, metavar="DIR", help="run folder (default: runs/<pair>-<recipe>-…)")

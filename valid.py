@@ -17,7 +17,7 @@ from download_data import fetch
 from model import CLASSES, DANN, NETWORKS
 from utils import machine
 from utils.checkpoint import load_into, load_weights
-from utils.cli import UserError, run_script
+from utils.cli import UserError, run_script, script_parser
 from utils.config import Config, from_dict
 from utils.pretrained import find_weights, read_index
 from utils.run_log import say
@@ -116,11 +116,10 @@ def read_test_sets(names: list[str], data_dir: Path, download: bool) -> tuple[li
     for name in names:
         try:
             sets.append(load_or_fetch(name, "test", data_dir, download))
-        except MissingData as error:
-            missing[name] = str(error)
         except UserError as error:
             missing[name] = str(error)
-            download = False  # what failed once, the network most likely, is not waited for again
+            if not isinstance(error, MissingData):  # the network, most likely: it is not waited for again
+                download = False
     return sets, missing
 
 
@@ -132,13 +131,11 @@ def confusion_table(confusion: Tensor) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = script_parser(
         description="Test weights on the test sets of their two domains, or on others.",
         epilog="examples:\n"
         "  python valid.py                                            weights and data that come with the code\n"
         "  python valid.py --weights runs/NAME --domains svhn mnist   a run of yours, on two test sets",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--weights",
@@ -157,12 +154,7 @@ def parse_arguments() -> argparse.Namespace:
         default=True,
         help="fetch what is missing (default: yes)",
     )
-    parser.add_argument(
-        "--device",
-        choices=machine.DEVICES,
-        default="auto",
-        help="auto: CUDA, MPS or CPU (default: %(default)s)",
-    )
+    machine.add_device_argument(parser)
     parser.add_argument(
         "--precision", choices=("as-trained", "fp32", "bf16"), default="as-trained",
         help="as-trained is fp32 where the machine has no bf16 (default: %(default)s)",

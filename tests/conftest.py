@@ -2,7 +2,9 @@
 
 import bz2
 import gzip
+import itertools
 import os
+import signal
 import struct
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from scipy.io import savemat
+
+import main
 
 TINY_COUNTS = {"svhn": (40, 23), "mnist": (64, 37), "usps": (30, 11)}  # training and test images of `tiny_data`
 
@@ -72,3 +76,29 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("needs real data: set DANN_DATA_DIR to a folder that download_data.py has filled")
     return Path(folder)
+
+
+class Killed(Exception):
+    """Stands for a process that ends without writing anything more."""
+
+
+def press_ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+def kill():
+    raise Killed
+
+
+def interrupt_after(monkeypatch, method, count, interruption):
+    """Call `interruption` when a method of the trainer has returned for the `count`-th time."""
+    original = getattr(main.Trainer, method)
+    numbers = itertools.count(1)
+
+    def call_and_interrupt(*arguments):
+        outcome = original(*arguments)
+        if next(numbers) == count:
+            interruption()
+        return outcome
+
+    monkeypatch.setattr(main.Trainer, method, call_and_interrupt)

@@ -1,6 +1,5 @@
 """A run that is interrupted and goes on ends with the same bits as one that was left alone."""
 
-import itertools
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Killed, interrupt_after, kill, press_ctrl_c
 from safetensors.torch import load_file
 
 import main
@@ -31,10 +31,6 @@ SMALL = (
 )  # fmt: skip
 WARM = ("--recipe", "cnn-grl", "--warm-start-epochs", 2, "--epochs", 2, "--batch-size", 16)
 STEPS_AN_EPOCH = 4
-
-
-class Killed(Exception):
-    """Stands for a process that ends without writing anything more."""
 
 
 @pytest.fixture(autouse=True)
@@ -59,28 +55,6 @@ def start(*arguments):
 
 def go_on(folder, tiny_data):
     start("--resume", folder, "--data-dir", tiny_data, "--device", "cpu", "--no-download")
-
-
-def press_ctrl_c():
-    signal.raise_signal(signal.SIGINT)
-
-
-def kill():
-    raise Killed
-
-
-def interrupt_after(monkeypatch, method, count, interruption):
-    """Call `interruption` when a method of the trainer has returned for the `count`-th time."""
-    original = getattr(main.Trainer, method)
-    numbers = itertools.count(1)
-
-    def call_and_interrupt(*arguments):
-        outcome = original(*arguments)
-        if next(numbers) == count:
-            interruption()
-        return outcome
-
-    monkeypatch.setattr(main.Trainer, method, call_and_interrupt)
 
 
 def assert_same(found, expected, where=""):

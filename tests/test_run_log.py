@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import Killed, interrupt_after, kill, press_ctrl_c
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -22,10 +23,6 @@ RECORD = {
     "domain_accuracy": 0.5, "source_accuracy": 0.25, "target_accuracy": 1.0, "seconds": 1.0,
     "images_per_second": 9000.0,
 }  # fmt: skip
-
-
-class Killed(Exception):
-    """Stands for a process that ends without writing anything more."""
 
 
 @pytest.fixture(autouse=True)
@@ -162,28 +159,6 @@ def whole_run(tiny_data, tmp_path_factory):
     return folder
 
 
-def interrupt_after_step(monkeypatch, count, interruption):
-    """Call `interruption` once `count` optimiser steps are done."""
-    train_step = main.Trainer.train_step
-    numbers = itertools.count(1)
-
-    def train_and_interrupt(*arguments):
-        outcome = train_step(*arguments)
-        if next(numbers) == count:
-            interruption()
-        return outcome
-
-    monkeypatch.setattr(main.Trainer, "train_step", train_and_interrupt)
-
-
-def kill():
-    raise Killed
-
-
-def press_ctrl_c():
-    signal.raise_signal(signal.SIGINT)
-
-
 @pytest.mark.parametrize(
     ("steps", "interruption"),
     [
@@ -199,7 +174,7 @@ def test_a_resumed_run_shows_the_same_curves(monkeypatch, whole_run, tiny_data, 
     with monkeypatch.context() as patch:
         logs = []
         patch.setattr(main, "RunLog", lambda *a: logs.append(RunLog(*a)) or logs[0])
-        interrupt_after_step(patch, steps, interruption)
+        interrupt_after(patch, "train_step", steps, interruption)
         with pytest.raises((Killed, Interrupted)):
             start(patch, *settings(tiny_data), "--run-dir", folder)
     if interruption is kill:

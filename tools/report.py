@@ -18,7 +18,7 @@ from urllib.parse import quote
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils.cli import UserError, run_script  # noqa: E402
+from utils.cli import UserError, run_script, script_parser  # noqa: E402
 from utils.files import write_atomically  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -333,13 +333,11 @@ def add(runs: list[Path], folder: Path, force: bool) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = script_parser(
         description="Write the README's results tables from the result files.",
         epilog="examples:\n"
         "  python tools/report.py --add runs/svhn-mnist-seed0 runs/svhn-mnist-seed1\n"
         "  python tools/report.py",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     option = parser.add_mutually_exclusive_group().add_argument
     option("--check", action="store_true", help="write nothing; exit 1 when README and results differ")

@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed (one line on stderr), 2 usage (argparse), 130 interrupted.
 """
 
+import argparse
 import errno
 import os
 import sys
@@ -15,6 +16,16 @@ class UserError(Exception):
 
 class Interrupted(Exception):
     """Ctrl-C, after everything worth keeping was written; the message says where."""
+
+
+def script_parser(description: str, epilog: str) -> argparse.ArgumentParser:
+    """An argument parser as every script has it: examples keep their lines, and no flag may be abbreviated."""
+    return argparse.ArgumentParser(
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)

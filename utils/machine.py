@@ -13,6 +13,13 @@ from utils.cli import UserError
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
+def add_device_argument(parser) -> None:
+    """Give an argument parser or group the flag `--device`."""
+    parser.add_argument(
+        "--device", choices=DEVICES, default="auto", help="auto: CUDA, MPS or CPU (default: %(default)s)"
+    )
+
+
 def choose_device(name: str) -> torch.device:
     """The device called `name`; "auto" is CUDA, Apple's MPS or the CPU. Raises UserError when it isn't there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
