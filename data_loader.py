@@ -271,25 +271,28 @@ def mean_pixel(images: Sequence[Tensor]) -> tuple[float, float, float]:
     return tuple(round(value, 6) for value in torch.stack(means).mean(0).tolist())
 
 
-def random_affine(x: Tensor) -> Tensor:
+def affine_draws(count: int, generator: torch.Generator) -> Tensor:
+    """What `random_affine` needs for so many images: angle, shear, two scales, two shifts. Shape: -> (6, count)."""
+    bounds = (15 * torch.pi / 180, 0.15, 0.15, 0.15, 0.125, 0.125)
+    draws = torch.empty(6, count, device=generator.device)
+    for row, bound in zip(draws, bounds, strict=True):
+        row.uniform_(-bound, bound, generator=generator)
+    return draws
+
+
+def random_affine(x: Tensor, draws: Tensor) -> Tensor:
     """Rotate (±15°), scale (0.85–1.15, each axis for itself), shear (±0.15) and shift (±2 of 32 pixels) each image.
 
-    The same distribution for every domain. Shape: (N, C, H, W) -> (N, C, H, W), values kept within the image's range
+    The same distribution for every domain; values stay within the image's range.
+
+    Shape: (N, C, H, W), (6, N) -> (N, C, H, W)
     """
-
-    def uniform(bound: float) -> Tensor:
-        return torch.empty(len(x), device=x.device).uniform_(-bound, bound)
-
-    angle, shear = uniform(15 * torch.pi / 180), uniform(0.15)
-    wide, high = 1 + uniform(0.15), 1 + uniform(0.15)
+    angle, shear, wide, high, right, down = draws
     cos, sin = angle.cos(), angle.sin()
-    rows = [wide * cos, shear - sin, uniform(0.125), sin + shear, high * cos, uniform(0.125)]
+    rows = [(1 + wide) * cos, shear - sin, right, sin + shear, (1 + high) * cos, down]
     theta = torch.stack(rows, 1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
-
-
-AUGMENTATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "affine": random_affine}
 
 
 def seed_of(*parts: int) -> int:
@@ -308,8 +311,8 @@ class PairedLoader:
     """Batches (x_s, y_s, x_t): source images and labels, target images. It never holds a target label.
 
     An epoch is one pass over the larger set, its last batch filled up from a new pass; the smaller set starts again as
-    often as it takes. Each pass of each set has an order of its own, which depends only on (seed, epoch). Augmentation
-    draws from torch's global generator, which the training loop seeds by (seed, epoch).
+    often as it takes. Each pass of each set has an order of its own, which depends only on (seed, epoch), as does what
+    augmentation draws.
 
     Args:
         source: labelled set. target_images: (M, C, H, W) uint8.
@@ -317,6 +320,8 @@ class PairedLoader:
         preprocess: the same for both domains.
         device: where the sets are kept and batches are made.
         steps: batches an epoch, when it shall not follow from the sizes of the sets.
+        share: the part of each batch to give out, for one of several processes; together they give out the same
+            images, changed in the same way, as one would.
 
     Shape: x_s, x_t (B, 3, S, S) float32; y_s (B,) int64
     """
@@ -331,30 +336,38 @@ class PairedLoader:
         augmentation: str = "none",
         device: torch.device | str = "cpu",
         steps: int | None = None,
+        share: slice = slice(None),
     ):
         self.images_s = preprocess.resize(source.images).to(device)
         self.labels_s = source.labels.to(device)
         self.images_t = preprocess.resize(target_images).to(device)
-        self.batch_size, self.seed, self.preprocess = batch_size, seed, preprocess
-        self.augment = AUGMENTATIONS[augmentation]
+        self.batch_size, self.seed, self.preprocess, self.share = batch_size, seed, preprocess, share
+        self.augments = augmentation == "affine"
         self.steps = steps or -(-max(len(self.images_s), len(self.images_t)) // batch_size)
 
-    def batch(self, images: Tensor, index: Tensor) -> Tensor:
-        """Gather, augment and preprocess. Shape: (N, C, S, S) uint8, (B,) -> (B, 3, S, S)."""
-        return self.preprocess.normalise(self.augment(images[index].float().div_(255)))
+    def batch(self, images: Tensor, index: Tensor, draws: Tensor | None) -> Tensor:
+        """Gather, augment and preprocess. Shape: (N, C, S, S) uint8, (B,), (6, B) -> (B, 3, S, S)."""
+        x = images[index].float().div_(255)
+        return self.preprocess.normalise(x if draws is None else random_affine(x, draws))
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The batches of epoch `epoch` (from 0), from step `first_step` on."""
         length, device = self.steps * self.batch_size, self.images_s.device
         order_s = shuffled_passes(len(self.images_s), length, seed_of(self.seed, epoch, 0)).to(device)
         order_t = shuffled_passes(len(self.images_t), length, seed_of(self.seed, epoch, 1)).to(device)
-        for step in range(first_step, self.steps):
+        generator = torch.Generator(device).manual_seed(seed_of(self.seed, epoch, 2))
+        draws_s = draws_t = None
+        for step in range(self.steps):
+            if self.augments:  # for the whole batch, and for steps already done, so that they are the same each time
+                draws_s, draws_t = (affine_draws(self.batch_size, generator)[:, self.share] for _ in range(2))
+            if step < first_step:
+                continue
             part = slice(step * self.batch_size, (step + 1) * self.batch_size)
-            index_s, index_t = order_s[part], order_t[part]
+            index_s, index_t = order_s[part][self.share], order_t[part][self.share]
             yield (
-                self.batch(self.images_s, index_s),
+                self.batch(self.images_s, index_s, draws_s),
                 self.labels_s[index_s],
-                self.batch(self.images_t, index_t),
+                self.batch(self.images_t, index_t, draws_t),
             )
 
 

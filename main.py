@@ -23,7 +23,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data_loader import (
@@ -36,7 +37,7 @@ from data_loader import (
     seed_of,
 )
 from model import BATCH_NORMED, DANN, IMAGE_SIZES, domain_loss, predicted_target
-from utils import machine
+from utils import distributed, machine
 from utils.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from utils.cli import Interrupted, UserError, run_script, script_parser
 from utils.config import (
@@ -49,15 +50,16 @@ from utils.config import (
 )
 from utils.files import make_folder, write_json
 from utils.optimisation import freeze, gradient_norms, limit_norms, make_optimizer
-from utils.run_log import RunLog, epoch_line, say
+from utils.run_log import RunLog, SilentLog, epoch_line, say
 from utils.schedules import adaptation_factor, learning_rate
-from valid import Evaluation, evaluate, load_or_fetch
+from valid import Evaluation, evaluate, load_side_by_side
 
 LOG_EVERY_STEPS = 50
 DRY_RUN_IMAGES = 256
+ALONE = distributed.Processes()
 CHECKPOINT_KEYS = {
     *("about", "config", "model", "optimizer", "epoch", "step", "steps_per_epoch", "sums"),
-    *("seconds", "train_seconds", "command", "dry_run", "rng", "rng_cuda"),
+    *("seconds", "train_seconds", "command", "dry_run", "rng"),
 }
 
 
@@ -77,7 +79,7 @@ class Pair:
 def load_pair(config: Config, data_dir: Path, download: bool, dry_run: bool) -> Pair:
     """Read both domains, fetching what is missing when `download` allows it."""
     keys = [(name, split) for name in (config.source, config.target) for split in ("train", "test")]
-    sets = {key: load_or_fetch(*key, data_dir, download) for key in keys}
+    sets = load_side_by_side(keys, data_dir, download)
     for digits in sets.values():
         if digits.mark != DOMAINS[digits.domain].title:
             say(f"note: the {digits.split} file of {digits.domain} is not the official one; results say: {digits.mark}")
@@ -102,14 +104,66 @@ def load_pair(config: Config, data_dir: Path, download: bool, dry_run: bool) -> 
     )
 
 
+class Losses(nn.Module):
+    """The forward half of a training step, in one module: what `--compile` compiles and several processes share.
+
+    Args:
+        model: the network; its weights are trained.
+        config: `separate_domains` and `domain_loss` count here.
+    """
+
+    def __init__(self, model: DANN, config: Config):
+        super().__init__()
+        self.model, self.separate_domains, self.domain_loss = model, config.separate_domains, config.domain_loss
+
+    def forward(self, x_s: Tensor, y_s: Tensor, x_t: Tensor | None, lambda_p: float | Tensor) -> tuple[Tensor, ...]:
+        """Label loss, domain loss and domain accuracy in [0, 1]; without target images the last two are 0.
+
+        Shape: (B, 3, H, W), (B,), (B, 3, H, W), () -> (), (), ()
+        """
+        model = self.model
+        if x_t is None:
+            loss_label = F.cross_entropy(model(x_s), y_s)
+            return loss_label, torch.zeros_like(loss_label), torch.zeros_like(loss_label)
+        if self.separate_domains:
+            f_s, f_t = model.extractor(x_s), model.extractor(x_t)
+        else:
+            f_s, f_t = model.extractor(torch.cat((x_s, x_t))).split(len(x_s))
+        loss_label = F.cross_entropy(model.classifier(f_s), y_s)
+        # λ_p scales the gradient that reaches the extractor; the discriminator learns with weight 1.
+        d_s, d_t = model.discriminator(torch.cat((f_s, f_t)), lambda_p).split(len(x_s))
+        loss_domain = domain_loss(d_s, 0) + domain_loss(d_t, 1)
+        if self.domain_loss == "mean":
+            loss_domain = loss_domain / 2
+        hits = torch.cat((~predicted_target(d_s), predicted_target(d_t)))
+        return loss_label, loss_domain, hits.float().mean()
+
+
 class Trainer:
     """The state of a run that a checkpoint keeps, and the training step."""
 
-    def __init__(self, config: Config, pair: Pair, preprocess: Preprocessing, device: torch.device, folder: Path):
-        self.config, self.pair, self.device, self.folder = config, pair, device, folder
-        self.precision = machine.choose_precision(config.precision, device)
+    def __init__(
+        self,
+        config: Config,
+        pair: Pair,
+        preprocess: Preprocessing,
+        device: torch.device,
+        folder: Path,
+        processes: distributed.Processes = ALONE,
+        compiled: bool = False,
+    ):
+        self.config, self.pair, self.device, self.folder, self.processes = config, pair, device, folder, processes
+        self.precision, self.compiled = machine.choose_precision(config.precision, device), compiled
         torch.manual_seed(seed_of(config.seed))
         self.model = DANN(config.network, config.dropout).to(device, memory_format=torch.channels_last)
+        if processes.count > 1:
+            distributed.join_batch_norms(self.model)
+        self.losses = Losses(self.model, config)
+        if processes.count > 1:
+            # In a warm start and for the bounds the discriminator gets no gradient.
+            self.losses = DistributedDataParallel(self.losses, find_unused_parameters=not always_adapts(config))
+        if compiled:
+            self.losses = torch.compile(self.losses)
         self.optimizer = make_optimizer(self.model, config, device)
         self.loader = PairedLoader(
             pair.labelled,
@@ -120,6 +174,7 @@ class Trainer:
             config.augmentation,
             device,
             pair.steps,
+            processes.share(config.batch_size),
         )
         self.about = {
             "config": to_dict(config),
@@ -130,9 +185,11 @@ class Trainer:
         self.epoch = self.step = 0  # the next step to do: its epoch, and its number within the epoch
         self.train_seconds = self.seconds = 0.0
         self.sums = torch.zeros(4, device=device)  # of this epoch: label loss, domain loss, domain hits, steps
+        self.steps_done = 0  # by this process
         self.stop_requested = False
         self.command, self.dry_run = machine.command_line(), False
-        self.resume_command = f"python main.py --resume {shlex.quote(str(folder))}"
+        launcher = "python" if processes.count == 1 else f"torchrun --nproc_per_node={processes.count}"
+        self.resume_command = f"{launcher} main.py --resume {shlex.quote(str(folder))}"
 
     @property
     def adapts(self) -> bool:
@@ -150,23 +207,10 @@ class Trainer:
         Shape: (B, 3, H, W), (B,), (B, 3, H, W) -> (3,)
         """
         config, model, optimizer = self.config, self.model, self.optimizer
-        loss_domain = domain_accuracy = torch.zeros((), device=self.device)
         with machine.autocast(self.device, self.precision):
-            if not self.adapts:
-                f_s = model.extractor(x_s)
-            elif config.separate_domains:
-                f_s, f_t = model.extractor(x_s), model.extractor(x_t)
-            else:
-                f_s, f_t = model.extractor(torch.cat((x_s, x_t))).split(len(x_s))
-            loss_label = F.cross_entropy(model.classifier(f_s), y_s)
-            if self.adapts:
-                # λ_p scales the gradient that reaches the extractor; the discriminator learns with weight 1.
-                d_s, d_t = model.discriminator(torch.cat((f_s, f_t)), lambda_p).split(len(x_s))
-                loss_domain = domain_loss(d_s, 0) + domain_loss(d_t, 1)
-                if config.domain_loss == "mean":
-                    loss_domain = loss_domain / 2
-                hits = torch.cat((~predicted_target(d_s), predicted_target(d_t)))
-                domain_accuracy = hits.float().mean()
+            # A tensor, because a compiled step would take each number for a step of its own.
+            factor = torch.tensor(lambda_p) if self.compiled else lambda_p
+            loss_label, loss_domain, domain_accuracy = self.losses(x_s, y_s, x_t if self.adapts else None, factor)
         for group in optimizer.param_groups:
             group["lr"] = mu_p
         optimizer.zero_grad(set_to_none=True)
@@ -176,7 +220,7 @@ class Trainer:
         optimizer.step()
         if config.max_norm:
             limit_norms(model, config.max_norm)
-        return torch.stack((loss_label, loss_domain, domain_accuracy)).detach()
+        return self.processes.mean_(torch.stack((loss_label, loss_domain, domain_accuracy)).detach())
 
     def train_epoch(self, log: RunLog) -> None:
         """All remaining steps of the current epoch."""
@@ -184,7 +228,7 @@ class Trainer:
         warm = self.epoch < config.warm_start_epochs
         phase_epoch = self.epoch - (0 if warm else config.warm_start_epochs)
         if self.step == 0:
-            torch.manual_seed(seed_of(config.seed, self.epoch, 2))  # dropout and augmentation
+            torch.manual_seed(seed_of(config.seed, self.epoch, 2, *self.processes.own_seed))  # dropout
             self.sums.zero_()
             if phase_epoch == 0:
                 self.optimizer.state.clear()  # after a warm start this is a new training: no old momentum
@@ -192,8 +236,9 @@ class Trainer:
             freeze(self.model, config.frozen_convolutions)
         self.model.train()
         title = f"epoch {self.epoch + 1}/{self.epochs}"
+        bar = None if self.processes.writes else True  # tqdm's disable: None is silent where there is no terminal
         batches = self.loader.epoch(self.epoch, self.step)
-        for x_s, y_s, x_t in tqdm(batches, title, steps, False, initial=self.step, disable=None):
+        for x_s, y_s, x_t in tqdm(batches, title, steps, False, initial=self.step, disable=bar):
             # Progress p in [0, 1) -> weight λ_p of the reversed gradient, learning rate μ_p (paper, section 4).
             phase_step = phase_epoch * steps + self.step
             p = 0.0 if warm else phase_step / (config.epochs * steps)
@@ -219,8 +264,12 @@ class Trainer:
             if step == 0:
                 log.images("images/source", 0, x_s[:64])
                 log.images("images/target", 0, x_t[:64])
+            if not self.steps_done:
+                say(f"first step {machine.seconds_since_start():.1f} s after the start")
+            self.steps_done += 1
             self.step += 1
-            if self.stop_requested:
+            if self.processes.any(self.stop_requested):
+                self.stop_requested = True
                 break
 
     def check_loss(self, loss_label: float, loss_domain: float, state: str = "") -> None:
@@ -240,7 +289,12 @@ class Trainer:
                 f"the weights are not finite after step {self.epoch * self.loader.steps + self.step}: "
                 "try a smaller --lr or --precision fp32"
             )
-        cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        rng = self.processes.gather(rng)
+        if not self.processes.writes:
+            return
         state = {
             "about": self.about,
             "config": to_dict(self.config),
@@ -254,13 +308,17 @@ class Trainer:
             "train_seconds": self.train_seconds,
             "command": self.command,
             "dry_run": self.dry_run,
-            "rng": torch.get_rng_state(),
-            "rng_cuda": cuda,
+            "rng": rng,
         }
         save_checkpoint(self.folder / "last.pt", state)
 
     def load(self, state: dict) -> None:
         """Go on from what `save` wrote."""
+        if len(state["rng"]) != self.processes.count:
+            raise UserError(
+                f"{self.folder} was trained by {len(state['rng'])} processes, not {self.processes.count}: "
+                f"resume it with `torchrun --nproc_per_node={len(state['rng'])} main.py --resume …`"
+            )
         if state["steps_per_epoch"] != self.loader.steps or state["about"] != self.about:
             raise UserError(f"{self.folder} was trained on other data: resume with the same --data-dir")
         self.model.load_state_dict(state["model"])
@@ -269,9 +327,10 @@ class Trainer:
         self.sums = state["sums"].to(self.device)
         self.seconds, self.train_seconds = state["seconds"], state["train_seconds"]
         self.command = state["command"]
-        torch.set_rng_state(state["rng"])
-        if state["rng_cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["rng_cuda"])
+        rng = state["rng"][self.processes.rank]
+        torch.set_rng_state(rng["cpu"])
+        if "cuda" in rng and self.device.type == "cuda":
+            torch.cuda.set_rng_state(rng["cuda"], self.device)
 
 
 @contextlib.contextmanager
@@ -280,21 +339,23 @@ def stop_on_ctrl_c(trainer: Trainer) -> Iterator[None]:
 
     def request_stop(signum, frame) -> None:
         trainer.stop_requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signum, signal.default_int_handler)
 
-    previous = signal.signal(signal.SIGINT, request_stop)
+    # torchrun passes Ctrl-C on to its processes as SIGTERM.
+    signals = (signal.SIGINT, signal.SIGTERM) if distributed.started_by_torchrun() else (signal.SIGINT,)
+    previous = {number: signal.signal(number, request_stop) for number in signals}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def train(trainer: Trainer, preprocess: Preprocessing, log: RunLog) -> tuple[Evaluation, Evaluation]:
     """All epochs, each followed by a test on both domains for the log; returns the last test's results."""
-    config, pair = trainer.config, trainer.pair
     before = trainer.seconds
     started = time.perf_counter()
-    source, target = None, None
+    tested = None
 
     while trainer.epoch < trainer.epochs:
         epoch_started = time.perf_counter()
@@ -309,40 +370,59 @@ def train(trainer: Trainer, preprocess: Preprocessing, log: RunLog) -> tuple[Eva
             raise Interrupted(
                 f"interrupted at epoch {trainer.epoch + 1}, step {trainer.step}: go on with `{trainer.resume_command}`"
             )
-        images = images_per_step(config, trainer.adapts) * (trainer.step - steps_before)
-        loss_label, loss_domain, hits, steps = trainer.sums.tolist()  # waits for the device, once an epoch
-        trainer.check_loss(loss_label, loss_domain)
+        images = images_per_step(trainer.config, trainer.adapts) * (trainer.step - steps_before)
+        outcome = (trainer.sums[:3] / trainer.sums[3]).tolist()  # waits for the device, once an epoch
+        trainer.check_loss(*outcome[:2])
         adapts = trainer.adapts
         trainer.epoch, trainer.step = trainer.epoch + 1, 0
 
-        source = evaluate(trainer.model, pair.source_test, preprocess, trainer.device, trainer.precision)
-        target = evaluate(trainer.model, pair.target_test, preprocess, trainer.device, trainer.precision)
+        tested = test(trainer, preprocess)
         trainer.seconds = before + time.perf_counter() - started
-        p = max(0, trainer.epoch - config.warm_start_epochs) / config.epochs
-        lambda_p = config.lambda_max * adaptation_factor(p, config.gamma) if adapts else 0.0
-        record = {
-            "epoch": trainer.epoch,
-            "p": p,
-            "lambda_p": lambda_p,
-            "learning_rate": trainer.optimizer.param_groups[0]["lr"],
-            "loss_label": loss_label / steps,
-            "loss_domain": loss_domain / steps if adapts else None,
-            "domain_accuracy": hits / steps if adapts else None,
-            "source_accuracy": source.accuracy,
-            "target_accuracy": target.accuracy,
-            "seconds": trainer.seconds,
-            "images_per_second": images / train_seconds,
-        }
-        log.epoch(record)
-        step = trainer.epoch * trainer.loader.steps - 1  # the last one done: a resumed run keeps it
-        log.scalars(step, {f"test/{name}_accuracy": record[f"{name}_accuracy"] for name in ("source", "target")})
-        log.scalars(step, {"train/images_per_second": record["images_per_second"]})
-        say(epoch_line(record, trainer.epochs, time.perf_counter() - epoch_started))
+        if trainer.processes.writes:
+            record = epoch_record(trainer, outcome if adapts else [outcome[0], None, None], tested)
+            record["images_per_second"] = images / train_seconds
+            log.epoch(record)
+            step = trainer.epoch * trainer.loader.steps - 1  # the last one done: a resumed run keeps it
+            log.scalars(step, {f"test/{name}_accuracy": record[f"{name}_accuracy"] for name in ("source", "target")})
+            log.scalars(step, {"train/images_per_second": record["images_per_second"]})
+            say(epoch_line(record, trainer.epochs, time.perf_counter() - epoch_started))
         trainer.save()
-    if source is None:  # resumed after its last epoch
-        source = evaluate(trainer.model, pair.source_test, preprocess, trainer.device, trainer.precision)
-        target = evaluate(trainer.model, pair.target_test, preprocess, trainer.device, trainer.precision)
-    return source, target
+    return test(trainer, preprocess) if tested is None else tested  # None: resumed after its last epoch
+
+
+def test(trainer: Trainer, preprocess: Preprocessing) -> tuple[Evaluation, Evaluation]:
+    """The weights on both test sets, for the log; the process that writes does it while the others wait."""
+    sets = (trainer.pair.source_test, trainer.pair.target_test)
+    tested = ()
+    if trainer.processes.writes:
+        tested = tuple(evaluate(trainer.model, part, preprocess, trainer.device, trainer.precision) for part in sets)
+    trainer.processes.wait()
+    return tested
+
+
+def epoch_record(trainer: Trainer, outcome: list, tested: tuple[Evaluation, Evaluation]) -> dict:
+    """The epoch that has just ended: a line of metrics.jsonl."""
+    config = trainer.config
+    loss_label, loss_domain, domain_accuracy = outcome
+    source, target = tested
+    p = max(0, trainer.epoch - config.warm_start_epochs) / config.epochs
+    return {
+        "epoch": trainer.epoch,
+        "p": p,
+        "lambda_p": 0.0 if loss_domain is None else config.lambda_max * adaptation_factor(p, config.gamma),
+        "learning_rate": trainer.optimizer.param_groups[0]["lr"],
+        "loss_label": loss_label,
+        "loss_domain": loss_domain,
+        "domain_accuracy": domain_accuracy,
+        "source_accuracy": source.accuracy,
+        "target_accuracy": target.accuracy,
+        "seconds": trainer.seconds,
+    }
+
+
+def always_adapts(config: Config) -> bool:
+    """Whether every step of the run has a domain loss."""
+    return config.method == "dann" and not config.warm_start_epochs
 
 
 def images_per_step(config: Config, adapts: bool) -> int:
@@ -371,6 +451,9 @@ def result_record(trainer: Trainer, source: Evaluation, target: Evaluation) -> d
         "device": trainer.device.type,
         "machine": machine.describe(trainer.device),
         "precision": trainer.precision,
+        "compile": trainer.compiled,
+        "threads": torch.get_num_threads(),
+        "processes": trainer.processes.count,
         **trainer.pair.marks,
         "dry_run": trainer.dry_run,
         "steps": steps,
@@ -404,7 +487,10 @@ def parse_arguments() -> tuple[argparse.Namespace, dict]:
     add_config_arguments(parser, defaults, tuple(DOMAINS))
     group = parser.add_argument_group("run")
     machine.add_device_argument(group)
-    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads a process (default: torch's choice)")
+    group.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the step (default: no)"
+    )
     group.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="(default: %(default)s)")
     group.add_argument("--run-dir", type=Path, metavar="DIR", help="run folder (default: runs/<pair>-<recipe>-…)")
     group.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
@@ -424,7 +510,9 @@ def parse_arguments() -> tuple[argparse.Namespace, dict]:
     return args, settings
 
 
-def configure(args: argparse.Namespace, settings: dict, device: torch.device) -> tuple[Config, dict | None]:
+def configure(
+    args: argparse.Namespace, settings: dict, device: torch.device, processes: distributed.Processes = ALONE
+) -> tuple[Config, dict | None]:
     """The settings of this run, precision resolved, and for a resumed one its checkpoint."""
     if "precision" in settings:
         settings = {**settings, "precision": machine.choose_precision(settings["precision"], device)}
@@ -456,6 +544,8 @@ def configure(args: argparse.Namespace, settings: dict, device: torch.device) ->
         raise UserError(f"--frozen-convolutions: the network {config.network} has {layers} convolutions")
     if config.network in BATCH_NORMED and config.batch_size < 2:
         raise UserError(f"--batch-size must be at least 2 for the batch statistics of the network {config.network}")
+    if config.batch_size % processes.count:
+        raise UserError(f"--batch-size {config.batch_size} can't be split between {processes.count} processes")
     if config.image_size != IMAGE_SIZES[config.network]:
         raise UserError(
             f"the network {config.network} takes --image-size {IMAGE_SIZES[config.network]}, not {config.image_size}"
@@ -475,51 +565,69 @@ def run_folder(args: argparse.Namespace, config: Config) -> Path:
     return folder
 
 
-def main() -> None:
-    args, settings = parse_arguments()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = machine.choose_device(args.device)
-    config, state = configure(args, settings, device)
-    folder = run_folder(args, config)
-    dry_run = state["dry_run"] if state else args.dry_run
-    pair = load_pair(config, args.data_dir, args.download, dry_run)
-    mean = (0.0, 0.0, 0.0)
-    if config.normalisation == "mean":
-        mean = mean_pixel((pair.labelled.images, pair.target_images))
-    preprocess = Preprocessing(config.image_size, config.normalisation, mean)
-    make_folder(folder)
-    trainer = Trainer(config, pair, preprocess, device, folder)
-    trainer.dry_run = dry_run
-    if args.data_dir != Path("data"):
-        trainer.resume_command += f" --data-dir {shlex.quote(str(args.data_dir))}"
-    if state:
-        trainer.load(state)
-
-    say(machine.header(device, trainer.precision))
+def print_header(trainer: Trainer) -> None:
+    """What the run is made with, on the screen."""
+    config, pair, processes = trainer.config, trainer.pair, trainer.processes
+    threads = f"{torch.get_num_threads()} threads"
+    if processes.count > 1:
+        threads += f" in each of {processes.count} processes"
+    compiled = ", compiled" if trainer.compiled else ""
+    say(f"{machine.header(trainer.device, trainer.precision)}{compiled}, {threads}")
     say(f"recipe {config.recipe}, method {config.method}, seed {config.seed}")
     say(f"labels of {pair.labelled.mark}: {len(pair.labelled):,} images")
     say(f"no labels of {pair.marks['target_mark']}: {len(pair.target_images):,} images")
     counts = {name: sum(w.numel() for w in part.parameters()) for name, part in trainer.model.parts().items()}
     say("parameters: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
-    say(f"{trainer.epochs} epochs of {pair.steps} steps; run folder {folder}")
-    say(f"watch it: tensorboard --logdir {folder.parent}")
+    say(f"{trainer.epochs} epochs of {pair.steps} steps; run folder {trainer.folder}")
+    say(f"watch it: tensorboard --logdir {trainer.folder.parent}")
 
-    if not args.resume:
-        write_json(folder / "config.json", to_dict(config))
-    log = RunLog(folder, trainer.epoch * pair.steps + trainer.step, trainer.epoch)
-    log.text("config", "\n".join(f"    {key}: {value}" for key, value in to_dict(config).items()))
-    with stop_on_ctrl_c(trainer):
-        source, target = train(trainer, preprocess, log)
-    log.close()
-    save_weights(folder / "model.safetensors", trainer.model.state_dict(), trainer.about)
+
+def finish(trainer: Trainer, source: Evaluation, target: Evaluation) -> None:
+    """Write weights and result, print the table and last the JSON line."""
+    save_weights(trainer.folder / "model.safetensors", trainer.model.state_dict(), trainer.about)
     result = result_record(trainer, source, target)
-    write_json(folder / "result.json", result)
-
+    write_json(trainer.folder / "result.json", result)
+    marks = trainer.pair.marks
     print(f"{'test set':28} {'accuracy':>9}  correct / total")
-    for mark, tested in ((pair.marks["source_test_mark"], source), (pair.marks["target_test_mark"], target)):
+    for mark, tested in ((marks["source_test_mark"], source), (marks["target_test_mark"], target)):
         print(f"{mark:28} {tested.accuracy:9.2%}  {tested.correct} / {tested.total}")
     print(json.dumps({key: value for key, value in result.items() if key not in ("config", "data", "versions")}))
+
+
+def main() -> None:
+    args, settings = parse_arguments()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = machine.choose_device(args.device)
+    if device.type == "cpu":
+        machine.keep_memory()
+    with distributed.join(device) as processes:
+        config, state = configure(args, settings, device, processes)
+        folder = run_folder(args, config)
+        dry_run = state["dry_run"] if state else args.dry_run
+        pair = processes.first_alone(lambda: load_pair(config, args.data_dir, args.download, dry_run))
+        mean = (0.0, 0.0, 0.0)
+        if config.normalisation == "mean":
+            mean = mean_pixel((pair.labelled.images, pair.target_images))
+        preprocess = Preprocessing(config.image_size, config.normalisation, mean)
+        make_folder(folder)
+        trainer = Trainer(config, pair, preprocess, device, folder, processes, args.compile)
+        trainer.dry_run = dry_run
+        if args.data_dir != Path("data"):
+            trainer.resume_command += f" --data-dir {shlex.quote(str(args.data_dir))}"
+        if state:
+            trainer.load(state)
+        print_header(trainer)
+        if processes.writes and not args.resume:
+            write_json(folder / "config.json", to_dict(config))
+        first_step = trainer.epoch * pair.steps + trainer.step
+        log = RunLog(folder, first_step, trainer.epoch) if processes.writes else SilentLog()
+        log.text("config", "\n".join(f"    {key}: {value}" for key, value in to_dict(config).items()))
+        with stop_on_ctrl_c(trainer):
+            tested = train(trainer, preprocess, log)
+        log.close()
+        if processes.writes:
+            finish(trainer, *tested)
 
 
 if __name__ == "__main__":

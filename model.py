@@ -42,6 +42,23 @@ def reverse_gradient(x: Tensor, lambda_p: float | Tensor = 1.0) -> Tensor:
     return GradientReversal.apply(x, lambda_p)
 
 
+class Dropout(nn.Dropout):
+    """Dropout whose mask comes from 16 random bits a value: on a CPU a tenth of the time of `nn.Dropout`.
+
+    The probability is rounded to whole 65536ths, and kept values are scaled by that very probability.
+
+    Shape: (*) -> (*)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped = round(self.p * 2**16)  # of the 65536 values that 16 bits take
+        if not self.training or not dropped or x.device.type != "cpu":
+            return super().forward(x)
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        values = words.view(torch.int16).as_strided(x.shape, torch.empty_like(x).stride())  # laid out as x is
+        return x * (values >= dropped - 2**15).to(x.dtype).mul_(2**16 / (2**16 - dropped))
+
+
 def _conv(in_channels: int, out_channels: int, size: int, padding: int | str = "same") -> list[nn.Module]:
     return [nn.Conv2d(in_channels, out_channels, size, padding=padding), nn.ReLU(inplace=True)]
 
@@ -55,7 +72,7 @@ def _mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
     """Linear layers with ReLU between them and, where asked for, dropout before each but the first."""
     layers: list[nn.Module] = []
     for i, (inputs, outputs) in enumerate(pairwise(sizes)):
-        layers += [nn.Dropout(dropout)] if dropout and i else []
+        layers += [Dropout(dropout)] if dropout and i else []
         layers += [nn.Linear(inputs, outputs), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
 
@@ -73,7 +90,7 @@ def _system_a(part: str, dropout: float) -> nn.Sequential:
         *_conv(64, 64, 5),
         pool,
         *_conv(64, 128, 5),
-        nn.Dropout(dropout),
+        Dropout(dropout),
         nn.Flatten(),
     ]
     return nn.Sequential(*layers)
@@ -82,13 +99,13 @@ def _system_a(part: str, dropout: float) -> nn.Sequential:
 def _system_b(part: str, dropout: float) -> nn.Sequential:
     """32×32. The Keras scripts' CNN and CNN-GRL; dropout after each block is half of that before the labels."""
     if part == "classifier":
-        return nn.Sequential(nn.Dropout(dropout), *_mlp(512, 32, CLASSES))
+        return nn.Sequential(Dropout(dropout), *_mlp(512, 32, CLASSES))
     if part == "discriminator":
         return _mlp(512, 512, 32, 2)
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 32), (32, 64)):
         layers += [*_conv(inputs, outputs, 3), *_conv(outputs, outputs, 3, padding="valid")]
-        layers += [nn.MaxPool2d(2), nn.Dropout(dropout / 2)]
+        layers += [nn.MaxPool2d(2), Dropout(dropout / 2)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 6 * 6, 512), nn.ReLU(inplace=True))
 
 
@@ -123,7 +140,7 @@ def _quick(part: str, dropout: float) -> nn.Sequential:
         return _mlp(128, 128, 1)
     blocks = [*_conv_norm_pool(3, 32), *_conv_norm_pool(32, 48), *_conv_norm_pool(48, 64), nn.Flatten()]
     features = [nn.Linear(64 * 4 * 4, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU(inplace=True)]
-    return nn.Sequential(*blocks, nn.Dropout(dropout), *features)
+    return nn.Sequential(*blocks, Dropout(dropout), *features)
 
 
 NETWORKS: dict[str, Callable[[str, float], nn.Sequential]] = {

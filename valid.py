@@ -6,6 +6,7 @@ python valid.py --weights runs/NAME --domains svhn mnist usps
 
 import argparse
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from utils import machine
 from utils.checkpoint import load_into, load_weights
 from utils.cli import UserError, run_script, script_parser
 from utils.config import Config, from_dict
+from utils.data_files import data_files
 from utils.pretrained import find_weights, read_index
 from utils.run_log import say
 
@@ -110,6 +112,21 @@ def load_or_fetch(name: str, split: str, data_dir: Path, download: bool) -> Digi
     return load_domain(name, split, data_dir)
 
 
+def load_side_by_side(keys: list[tuple[str, str]], data_dir: Path, download: bool) -> dict[tuple[str, str], DigitSet]:
+    """Read several (domain, split) at once, which takes less than half the time, then fetch those that are missing."""
+
+    def read(key: tuple[str, str]) -> DigitSet | None:
+        try:
+            return load_domain(*key, data_dir)
+        except MissingData:
+            return None
+
+    files = [key for key in keys if data_files(*key)]  # domains that are made here start processes: never in a thread
+    with ThreadPoolExecutor() as pool:
+        sets = dict(zip(files, pool.map(read, files), strict=True))
+    return {key: sets.get(key) or load_or_fetch(*key, data_dir, download) for key in keys}
+
+
 def read_test_sets(names: list[str], data_dir: Path, download: bool) -> tuple[list[DigitSet], dict[str, str]]:
     """The test sets that can be had, and for each other domain what is wrong and which command brings it."""
     sets, missing = [], {}
@@ -165,6 +182,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     device = machine.choose_device(args.device)
+    if device.type == "cpu":
+        machine.keep_memory()
     reader = load_reader(args.weights, device, args.download)
     trained = reader.config.precision
     precision = trained if args.precision == "as-trained" else args.precision

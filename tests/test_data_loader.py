@@ -15,6 +15,7 @@ from data_loader import (
     DigitSet,
     PairedLoader,
     Preprocessing,
+    affine_draws,
     limit,
     mean_pixel,
     random_affine,
@@ -351,6 +352,10 @@ def test_mean_pixel_against_numpy():
 # ---- augmentation
 
 
+def moved(x: torch.Tensor, seed: int) -> torch.Tensor:
+    return random_affine(x, affine_draws(len(x), torch.Generator().manual_seed(seed)))
+
+
 def fitted_maps(count: int, size: int = 32) -> torch.Tensor:
     """The affine map of each image, found from how a horizontal and a vertical ramp come out. -> (N, 2, 3)
 
@@ -359,7 +364,7 @@ def fitted_maps(count: int, size: int = 32) -> torch.Tensor:
     """
     centres = (2 * torch.arange(size, dtype=torch.float64) + 1) / size - 1
     y, x = torch.meshgrid(centres, centres, indexing="ij")
-    out = random_affine(torch.stack((x, y)).expand(count, 2, size, size).contiguous().float()).double()
+    out = moved(torch.stack((x, y)).expand(count, 2, size, size).contiguous().float(), 0).double()
     inner = slice(size // 4, -size // 4)
     design = torch.stack((x, y, torch.ones_like(x)), -1)[inner, inner].reshape(-1, 3)
     sampled = out[:, :, inner, inner].reshape(count, 2, -1)
@@ -369,7 +374,6 @@ def fitted_maps(count: int, size: int = 32) -> torch.Tensor:
 
 
 def test_random_affine_stays_within_its_documented_bounds_and_reaches_them():
-    torch.manual_seed(0)
     maps = fitted_maps(4000)
     shear, sin = (maps[:, 0, 1] + maps[:, 1, 0]) / 2, (maps[:, 1, 0] - maps[:, 0, 1]) / 2
     cos = (1 - sin**2).sqrt()
@@ -391,11 +395,10 @@ def test_random_affine_stays_within_its_documented_bounds_and_reaches_them():
 
 
 def test_random_affine_moves_a_blob_by_little():
-    torch.manual_seed(1)
     coordinate = torch.arange(32.0) - 15.5
     bump = torch.exp(-(coordinate**2) / 8)
     x = (bump[:, None] * bump).expand(500, 3, 32, 32).contiguous()
-    out = random_affine(x)
+    out = moved(x, 1)
     assert out.min() >= 0
     assert out.max() <= x.max() + 1e-6
     assert torch.equal(out[:, 0], out[:, 2])  # all channels move together
@@ -409,22 +412,39 @@ def test_random_affine_moves_a_blob_by_little():
 
 def test_random_affine_keeps_the_range_and_follows_the_seed():
     x = torch.rand(20, 1, 28, 28, generator=torch.Generator().manual_seed(3)) * 0.5 + 0.2
-    torch.manual_seed(4)
-    first, second = random_affine(x), random_affine(x)
-    torch.manual_seed(4)
-    assert torch.equal(random_affine(x), first)
+    first, second = moved(x, 4), moved(x, 5)
+    assert torch.equal(moved(x, 4), first)
     assert not torch.equal(first, second)
     assert x.min() <= first.min()
     assert first.max() <= x.max() + 1e-6
     constant = torch.full((3, 3, 32, 32), 0.37)
-    torch.testing.assert_close(random_affine(constant), constant)
+    torch.testing.assert_close(moved(constant, 6), constant)
+
+
+def test_shares_of_several_processes_are_the_whole_batch():
+    """Two loaders of half batches give what one gives, augmentation included, also when they start in mid-epoch."""
+    generator = torch.Generator().manual_seed(8)
+    images = torch.randint(0, 256, (50, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    target = torch.randint(0, 256, (30, 1, 16, 16), generator=generator, dtype=torch.uint8)
+    digits = DigitSet("svhn", "train", images, torch.arange(50) % 10, "", {})
+
+    def loader(share: slice) -> PairedLoader:
+        return PairedLoader(digits, target, 12, 7, Preprocessing(16), "affine", share=share)
+
+    whole = list(loader(slice(None)).epoch(3))
+    halves = [list(loader(slice(start, start + 6)).epoch(3)) for start in (0, 6)]
+    assert len(whole) == len(halves[0]) == 5
+    for batch, first, second in zip(whole, *halves, strict=True):
+        for joined, *parts in zip(batch, first, second, strict=True):
+            assert torch.equal(joined, torch.cat(parts))
+    for batch, later in zip(whole[2:], loader(slice(None)).epoch(3, first_step=2), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch, later, strict=True))
 
 
 def test_the_loader_augments_both_domains_alike():
     ramp = torch.arange(32, dtype=torch.uint8).mul(8).expand(40, 3, 32, 32).contiguous()
     digits = DigitSet("svhn", "train", ramp, torch.zeros(40, dtype=torch.long), "", {})
     loaders = {name: PairedLoader(digits, ramp, 40, 0, Preprocessing(32), name) for name in ("none", "affine")}
-    torch.manual_seed(5)
     x_s, _, x_t = next(loaders["none"].epoch(0))
     assert torch.equal(x_s, ramp / 255)
     assert torch.equal(x_t, ramp / 255)

@@ -12,6 +12,7 @@ from model import (
     IMAGE_SIZES,
     NETWORKS,
     DomainDiscriminator,
+    Dropout,
     FeatureExtractor,
     domain_loss,
     predicted_target,
@@ -372,3 +373,35 @@ def test_discriminator_reverses_by_its_own_argument():
     discriminator.layers(plain).sum().backward()
     torch.testing.assert_close(gradients[0], -plain.grad)
     assert plain.grad.norm() > 0
+
+
+# ---- dropout
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.75])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_dropout_drops_a_share_and_scales_the_rest(p, layout):
+    dropout = Dropout(p)
+    x = torch.rand(64, 20, 9, 11).add(1).contiguous(memory_format=layout).requires_grad_()
+    torch.manual_seed(0)
+    out = dropout(x)
+    assert out.is_contiguous(memory_format=layout)
+    kept = out != 0
+    count = x.numel()
+    assert abs(kept.sum().item() - (1 - p) * count) < 5 * (count * p * (1 - p)) ** 0.5
+    torch.testing.assert_close(out[kept], x[kept] / (1 - p), rtol=1e-4, atol=0)
+    by_position = kept.float().mean(0)  # no place of the image is favoured
+    assert (by_position - (1 - p)).abs().max() < 6 * (p * (1 - p) / 64) ** 0.5
+    lag = torch.corrcoef(torch.stack((kept.flatten()[:-1].float(), kept.flatten()[1:].float())))[0, 1]
+    assert abs(lag) < 5 / count**0.5
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    torch.testing.assert_close(gradient, kept / (1 - p), rtol=1e-4, atol=0)
+    assert not torch.equal(dropout(x), out)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x), out)
+
+
+def test_dropout_does_nothing_in_eval_mode_or_without_probability():
+    x = torch.rand(7, 3)
+    assert torch.equal(Dropout(0.5).eval()(x), x)
+    assert torch.equal(Dropout(0.0)(x), x)

@@ -48,6 +48,8 @@ def run_script(main: Callable[[], None]) -> None:
             raise SystemExit(1) from None
         interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
         text = " ".join(str(error).split()) or "interrupted"
+        if interrupted and os.environ.get("RANK", "0") != "0":  # one of several processes says it
+            raise SystemExit(130) from None
         print(text if interrupted else f"error: {text}", file=sys.stderr)
         raise SystemExit(130 if interrupted else 1) from None
 

@@ -1,21 +1,22 @@
 """What a run leaves for people and programs: metrics.jsonl, TensorBoard events and the lines on the screen."""
 
 import json
+import os
 import sys
 import threading
 from pathlib import Path
 
 import torch
 from tensorboardX import SummaryWriter
-from torchvision.utils import make_grid
 
 from utils.cli import UserError
 from utils.files import write_atomically
 
 
 def say(text: str = "") -> None:
-    """Print a line for people: stderr, so that stdout ends with the result alone."""
-    print(text, file=sys.stderr, flush=True)
+    """Print a line for people: stderr, so that stdout ends with the result alone. Of several processes one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 class RunLog:
@@ -49,6 +50,8 @@ class RunLog:
 
     def images(self, tag: str, step: int, x: torch.Tensor, columns: int = 16) -> None:
         """Log a grid of network inputs, each stretched to [0, 1]. Shape: (N, 3, H, W)."""
+        from torchvision.utils import make_grid  # imported where it is needed: a second and a half
+
         self._check()
         self.writer.add_image(tag, make_grid(x.float().cpu(), columns, normalize=True, scale_each=True), step)
 
@@ -92,6 +95,15 @@ class RunLog:
     def _cannot_write(path: Path, error: BaseException) -> UserError:
         reason = getattr(error, "strerror", None) or error
         return UserError(f"cannot write {path} ({reason}): free some space, or choose another --run-dir")
+
+
+class SilentLog:
+    """Takes what a run log takes and keeps nothing: for the processes that don't write."""
+
+    def scalars(self, *_) -> None:
+        """Nothing."""
+
+    images = text = close = scalars
 
 
 def epoch_line(record: dict, epochs: int, seconds: float) -> str:
