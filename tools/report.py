@@ -1,7 +1,8 @@
-"""Write the README's results tables from results/**/*.json alone.
+"""Write the README's tables of results and of speed from results/**/*.json alone.
 
-The tables stand between two lines of the README, `<!-- results:begin -->` and `<!-- results:end -->`; the
-rest of it stays as it is. A row averages runs that differ in their seed and in nothing else.
+The results stand between two lines of the README, `<!-- results:begin -->` and `<!-- results:end -->`, the speed
+between `<!-- speed:begin -->` and `<!-- speed:end -->`; the rest of it stays as it is. A row of results averages runs
+that differ in their seed and in nothing else.
 """
 
 import argparse
@@ -18,10 +19,12 @@ from urllib.parse import quote
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tools.report_speed import speed_report  # noqa: E402
 from utils.cli import UserError, run_script, script_parser  # noqa: E402
 from utils.files import write_atomically  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+SPEED_BEGIN, SPEED_END = "<!-- speed:begin -->", "<!-- speed:end -->"
 PAIRS = (("svhn", "mnist"), ("mnist", "svhn"), ("synth", "optdigits"))
 RECIPES = ("dann", "paper", "cnn-grl", "quick")
 METHODS = {"source-only": "source only", "dann": "**DANN**", "target-only": "trained on target"}
@@ -300,12 +303,12 @@ def report(results: list[dict], home: Path) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def with_report(text: str, body: str, readme: Path) -> str:
+def with_report(text: str, body: str, readme: Path, begin: str = BEGIN, end: str = END) -> str:
     """The README's text with the part between the markers replaced, in the line ends that it has."""
-    marks = [re.findall(rf"^{marker}[ \t]*\r?$", text, flags=re.MULTILINE) for marker in (BEGIN, END)]
-    found = re.search(rf"(?ms)^{BEGIN}[ \t]*\r?\n(.*?)^{END}[ \t]*\r?$", text)
+    marks = [re.findall(rf"^{marker}[ \t]*\r?$", text, flags=re.MULTILINE) for marker in (begin, end)]
+    found = re.search(rf"(?ms)^{begin}[ \t]*\r?\n(.*?)^{end}[ \t]*\r?$", text)
     if [len(lines) for lines in marks] != [1, 1] or found is None:
-        raise UserError(f"{readme} needs one line {BEGIN} and, below it, one line {END}: add them")
+        raise UserError(f"{readme} needs one line {begin} and, below it, one line {end}: add them")
     newline = "\r\n" if "\r\n" in text else "\n"
     return text[: found.start(1)] + f"\n{body}\n\n".replace("\n", newline) + text[found.end(1) :]
 
@@ -363,6 +366,9 @@ def main() -> None:
         raise UserError(f"cannot read {args.readme}: {error.strerror}") from None
     results = read_results(args.results)
     new = with_report(text, report(results, args.readme.parent), args.readme)
+    if SPEED_BEGIN in new or SPEED_END in new:
+        speed = speed_report(args.results, args.readme.parent)
+        new = with_report(new, speed, args.readme, SPEED_BEGIN, SPEED_END)
     if not args.check:
         write_atomically(args.readme, lambda file: file.write_bytes(new.encode("utf-8")))
     elif new != text:

@@ -1,0 +1,380 @@
+"""Measure how fast training and testing are, against the machine's own ceiling and the usual way to write them.
+
+Everything that is compared is measured in one process, in turn (A B C A B C …), so that a machine that slows down slows
+all of them; the figures are medians, and beside each stand the slowest and the fastest round.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data_loader import DigitSet, Preprocessing  # noqa: E402
+from main import Pair, Trainer  # noqa: E402
+from model import DANN  # noqa: E402
+from tools.usual_way import UsualWay  # noqa: E402
+from utils import machine  # noqa: E402
+from utils.cli import UserError, run_script, script_parser  # noqa: E402
+from utils.config import RECIPES, Config, recipe_config  # noqa: E402
+from utils.files import write_json  # noqa: E402
+from utils.run_log import SilentLog, say  # noqa: E402
+from valid import predict  # noqa: E402
+
+IMAGES = 12_800  # random images of each domain: what they show makes no difference to the time
+SECTIONS = ("speed", "start", "memory", "accuracy")
+FULL_SIZES = {"svhn": (73_257, 26_032), "mnist": (60_000, 10_000)}
+DEADLINE_SECONDS = 3600
+
+
+def random_digits(domain: str, shape: tuple[int, ...], seed: int) -> DigitSet:
+    """Noise in the shape of a domain. Shape: -> images (IMAGES, *shape) uint8, labels (IMAGES,)."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (IMAGES, *shape), generator=generator, dtype=torch.uint8)
+    return DigitSet(domain, "train", images, torch.arange(IMAGES) % 10, domain, {})
+
+
+@torch.no_grad()
+def operations(config: Config) -> dict[str, int]:
+    """Multiplications and additions of one image's forward pass through each part, convolutions and matrices alone."""
+    model = DANN(config.network, config.dropout).eval()
+    image = torch.zeros(1, 3, config.image_size, config.image_size)
+    features = model.extractor(image)
+    passes = {
+        "extractor": lambda: model.extractor(image),
+        "classifier": lambda: model.classifier(features),
+        "discriminator": lambda: model.discriminator(features, 1.0),
+    }
+    counts = {}
+    for name, forward in passes.items():
+        with FlopCounterMode(display=False) as counter:
+            forward()
+        counts[name] = counter.get_total_flops()
+    return counts
+
+
+def operations_of_step(config: Config) -> int:
+    """3 × forward, of which 2 × for the backward pass; the classifier sees source images alone."""
+    parts = operations(config)
+    per_pair = 2 * parts["extractor"] + 2 * parts["discriminator"] + parts["classifier"]
+    return 3 * per_pair * config.batch_size
+
+
+@dataclasses.dataclass
+class Job:
+    """Something to measure: `run` does it once and returns how much it did, in `unit`."""
+
+    name: str
+    unit: str
+    run: Callable[[], float]
+    about: dict
+    keeps_memory: bool = True  # as main.py does on a CPU; the usual way does not
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def measure(jobs: list[Job], rounds: int, device: torch.device) -> list[dict]:
+    """All jobs in turn, `rounds` times after one that isn't counted; rates in units a second."""
+    rates = {job.name: [] for job in jobs}
+    for number in range(rounds + 1):
+        for job in jobs:
+            if device.type == "cpu":
+                machine.keep_memory(job.keeps_memory)
+            synchronise(device)
+            started = time.perf_counter()
+            amount = job.run()
+            synchronise(device)
+            if number:
+                rates[job.name].append(amount / (time.perf_counter() - started))
+        say(f"round {number} of {rounds} done" + (" (warm-up, not counted)" if not number else ""))
+    records = []
+    for job in jobs:
+        values = rates[job.name]
+        rate = {"median": statistics.median(values), "slowest": min(values), "fastest": max(values)}
+        records.append({"name": job.name, "unit": job.unit, **rate, **job.about})
+        say(f"{job.name:44} {rate['median']:10,.1f} {job.unit}  ({min(values):,.1f} … {max(values):,.1f})")
+    return records
+
+
+def ceiling_jobs(device: torch.device) -> list[Job]:
+    """Large matrix products in fp32 and bf16, and a copy from memory to memory."""
+    size = 8192 if device.type == "cuda" else 2048
+    jobs = []
+    for precision, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
+        times = 50 if device.type == "cuda" else 20 if precision == "bf16" else 10
+
+        def product(a=a, b=b, times=times) -> float:
+            for _ in range(times):
+                a @ b
+            return times * 2 * size**3 / 1e9
+
+        jobs.append(Job(f"matrix product {precision}", "GFLOP/s", product, {"precision": precision, "size": size}))
+    x = torch.zeros(2**26, device=device)
+    y = torch.zeros_like(x)
+
+    def copy() -> float:
+        for _ in range(10):
+            y.copy_(x)
+        return 10 * 2 * x.nbytes / 1e9
+
+    return [*jobs, Job("copy, read and written", "GB/s", copy, {"bytes": x.nbytes})]
+
+
+def recipe_jobs(config: Config, steps: int, device: torch.device, compiled: bool) -> list[Job]:
+    """Training, by the very loop of main.py, and inference, by the very function of valid.py."""
+    source = random_digits(config.source, (3, 32, 32), 1)
+    target = random_digits(config.target, (1, 28, 28), 2)
+    preprocess = Preprocessing(config.image_size, config.normalisation)
+    pair = Pair(source, target.images, source, target, {}, {}, steps)
+    trainer = Trainer(config, pair, preprocess, device, Path("unused"), compiled=compiled)
+
+    def training() -> float:
+        trainer.epoch, trainer.step = config.warm_start_epochs, 0
+        trainer.train_epoch(SilentLog())
+        return steps * 2 * config.batch_size
+
+    images = source.images.to(device)
+
+    def inference() -> float:
+        predict(trainer.model, images, preprocess, device, config.precision)
+        return len(images)
+
+    name = f"{config.recipe} {config.precision}" + (", compiled" if compiled else "")
+    about = {"recipe": config.recipe, "precision": config.precision, "compiled": compiled, "way": "this project"}
+    about |= {"parameters": sum(w.numel() for w in trainer.model.parameters()), "batch_size": config.batch_size}
+    flops = {
+        "training": operations_of_step(config) / (2 * config.batch_size),
+        "inference": operations(config)["extractor"] + operations(config)["classifier"],
+    }
+    jobs = {"training": training, "inference": inference}
+    return [
+        Job(f"{kind} {name}", "images/s", run, {"kind": kind, "operations_per_image": flops[kind], **about})
+        for kind, run in jobs.items()
+        if not (compiled and kind == "inference")
+    ]
+
+
+def usual_jobs(config: Config, steps: int, device: torch.device) -> list[Job]:
+    """The same network, batch, device and optimiser in the way such scripts are usually written."""
+    source = random_digits(config.source, (3, 32, 32), 1)
+    target = random_digits(config.target, (1, 28, 28), 2)
+    usual = UsualWay(config, source, target, device)
+    about = {"recipe": config.recipe, "precision": "fp32", "compiled": False, "way": "usual"}
+    about |= {"batch_size": config.batch_size}
+    jobs = {"training": lambda: usual.train(steps), "inference": lambda: usual.test(steps * 4)}
+    return [
+        Job(f"{kind} {config.recipe} fp32, the usual way", "images/s", run, {"kind": kind, **about}, False)
+        for kind, run in jobs.items()
+    ]
+
+
+def speed(args: argparse.Namespace, device: torch.device) -> dict:
+    """Rates of everything, in turn, and the share of the ceiling that training reaches."""
+    jobs = ceiling_jobs(device)
+    for recipe in args.recipes:
+        config = recipe_config(recipe)
+        for precision in args.precisions:
+            own = dataclasses.replace(config, precision=precision)
+            jobs += recipe_jobs(own, args.steps, device, False)
+            if args.compile:
+                jobs += recipe_jobs(own, args.steps, device, True)
+        jobs += usual_jobs(config, args.steps, device)
+    records = measure(jobs, args.rounds, device)
+    ceilings = {r["precision"]: r["median"] for r in records if r["name"].startswith("matrix product")}
+    usual = {(r["recipe"], r["kind"]): r["median"] for r in records if r.get("way") == "usual"}
+    for record in records:
+        if record.get("way") == "this project":
+            record["times_the_usual_way"] = record["median"] / usual[record["recipe"], record["kind"]]
+            gflops = record["median"] * record["operations_per_image"] / 1e9
+            record["gflop_per_second"] = gflops
+            record["share_of_ceiling"] = gflops / ceilings[record["precision"]]
+    out = {"rounds": args.rounds, "steps_a_round": args.steps, "rates": records}
+    if device.type == "cuda":
+        out["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+    return out
+
+
+@contextlib.contextmanager
+def running(arguments: list[str]) -> Iterator[subprocess.Popen]:
+    """A script of ours in a process of its own, killed at the end if it still runs."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def seconds_until(arguments: list[str], pattern: str) -> tuple[float, str]:
+    """Time from the start of a script to the first line that matches, and that line."""
+    started = time.perf_counter()
+    lines = []
+    with running(arguments) as process:
+        for line in process.stdout:
+            lines.append(line.strip())
+            if re.search(pattern, line):
+                return time.perf_counter() - started, line.strip()
+    raise UserError(f"`python {shlex.join(arguments)}` ended without a line like {pattern!r}: {' / '.join(lines[-3:])}")
+
+
+def start(args: argparse.Namespace, device: torch.device) -> dict:
+    """From `python main.py` to the end of its first step, and from `python valid.py` to its table; warm files."""
+    out = {}
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--data-dir", str(args.data_dir), "--no-download", "--device", device.type]
+        train = ["main.py", *options, "--run-dir", f"{folder}/run"]
+        test = ["valid.py", *options, "--domains", "mnist"]
+        scripts = {"main.py to its first step": (train, r"^first step "), "valid.py to its table": (test, r"^MNIST ")}
+        for name, (arguments, pattern) in scripts.items():
+            values = [seconds_until(arguments, pattern)[0] for _ in range(args.rounds + 1)][1:]
+            out[name] = {"median": statistics.median(values), "slowest": max(values), "fastest": min(values)}
+            say(f"{name:44} {out[name]['median']:10.1f} s  ({min(values):.1f} … {max(values):.1f})")
+    seconds, _ = seconds_until(["-c", "import torch; print('there')"], "^there")
+    out["of which python and torch"] = {"median": seconds}
+    return out
+
+
+def write_full_size_data(folder: Path) -> None:
+    """Noise in the official formats and sizes of SVHN and MNIST."""
+    import gzip
+
+    import numpy as np
+    from scipy.io import savemat
+
+    rng = np.random.default_rng(0)
+    for name, count in zip(("train", "test"), FULL_SIZES["svhn"], strict=True):
+        images = rng.integers(0, 256, (32, 32, 3, count), dtype=np.uint8)
+        savemat(folder / f"{name}_32x32.mat", {"X": images, "y": rng.integers(1, 11, (count, 1)).astype(np.uint8)})
+    (folder / "MNIST/raw").mkdir(parents=True)
+    for name, count in zip(("train", "t10k"), FULL_SIZES["mnist"], strict=True):
+        for kind, shape in (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,))):
+            header = bytes((0, 0, 8, len(shape))) + b"".join(size.to_bytes(4, "big") for size in shape)
+            body = rng.integers(0, 256 if len(shape) > 1 else 10, shape, dtype=np.uint8).tobytes()
+            with gzip.open(folder / f"MNIST/raw/{name}-{kind}-ubyte.gz", "wb", compresslevel=1) as file:
+                file.write(header + body)
+
+
+def memory(args: argparse.Namespace, device: torch.device) -> dict:
+    """Peak memory of `python main.py` on sets of full size, from its start to some seconds of training."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        data.mkdir()
+        write_full_size_data(data)
+        arguments = ["main.py", "--data-dir", str(data), "--no-download", "--device", device.type]
+        arguments += ["--run-dir", f"{folder}/run"]
+        with running(arguments) as process:
+            for line in process.stdout:
+                if line.startswith("first step "):
+                    break
+            else:
+                raise UserError("`python main.py` ended before its first step on data of full size")
+            time.sleep(20)
+            process.send_signal(2)  # Ctrl-C: it writes its checkpoint, which takes memory too
+            process.stdout.read()
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 130:
+        raise UserError(f"`python main.py` ended with code {process.returncode} on data of full size")
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    say(f"{'peak memory of main.py, full-size sets':44} {peak / 1e9:10.2f} GB")
+    return {"peak_bytes": peak, "images": {name: sum(counts) for name, counts in FULL_SIZES.items()}}
+
+
+def accuracy(args: argparse.Namespace, device: torch.device) -> dict:
+    """Seconds from the first step until the test on the target reaches an accuracy, after an epoch of `quick`."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ["main.py", "--recipe", "quick", "--device", device.type, "--run-dir", f"{folder}/run"]
+        with running(arguments) as process:
+            lines = process.stdout.read().splitlines()
+            if process.wait(DEADLINE_SECONDS):
+                raise UserError(f"`python {shlex.join(arguments)}` failed: {lines[-1] if lines else ''}")
+        records = [json.loads(line) for line in Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()]
+    reached = next((r["seconds"] for r in records if r["target_accuracy"] >= args.target_accuracy), None)
+    text = "never" if reached is None else f"{reached:.1f} s"
+    say(f"quick reads {args.target_accuracy:.0%} of its target after {text}")
+    return {"recipe": "quick", "target_accuracy": args.target_accuracy, "seconds": reached}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = script_parser(
+        description="Measure images per second, start, memory and time to an accuracy on this machine.",
+        epilog="examples:\n"
+        "  python tools/benchmark.py --recipes quick --rounds 3\n"
+        "  python tools/benchmark.py --json results/benchmark/NAME.json",
+    )
+    option = parser.add_argument
+    option("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to measure (default: all)")
+    option("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="(default: all)")
+    option(
+        "--precisions", nargs="+", choices=("fp32", "bf16"), help="(default: fp32, and bf16 where the device has it)"
+    )
+    option("--compile", action="store_true", help="measure the compiled step too")
+    option("--rounds", type=int, default=5, metavar="N", help="rounds, after one to warm up (default: %(default)s)")
+    option("--steps", type=int, default=8, metavar="N", help="training steps a round (default: %(default)s)")
+    option("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    option("--target-accuracy", type=float, default=0.7, metavar="X", help="in [0, 1] (default: %(default)s)")
+    option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="for `start` (default: %(default)s)")
+    option("--json", type=Path, metavar="FILE", help="write the figures there")
+    machine.add_device_argument(parser)
+    args = parser.parse_args()
+    for name in ("rounds", "steps", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be above 0, not {value}")
+    args.data_dir = args.data_dir.resolve()
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = machine.choose_device(args.device)
+    args.precisions = args.precisions or (["fp32", "bf16"] if machine.has_bf16(device) else ["fp32"])
+    say(f"{machine.header(device, ' and '.join(args.precisions))}, {torch.get_num_threads()} threads")
+    record = {
+        "kind": "benchmark",
+        "machine": machine.describe(device),
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "command": machine.command_line(),
+        "commit": machine.commit(),
+        "versions": machine.versions(),
+    }
+    sections = {"speed": speed, "start": start, "memory": memory, "accuracy": accuracy}
+    for name in args.sections:
+        record[name] = sections[name](args, device)
+        if args.json:
+            write_json(args.json, record)
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    run_script(main)
