@@ -29,7 +29,7 @@ from utils.config import RECIPES, recipe_config, to_dict
 from utils.synth_digits import render_digits
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("main.py", "valid.py", "download_data.py", "image_annotate.py", "tools/report.py")
+SCRIPTS = ("main.py", "valid.py", "download_data.py", "image_annotate.py", "tools/report.py", "tools/benchmark.py")
 KEYS = (
     "source", "target", "method", "recipe", "seed", "epochs", "source_accuracy", "target_accuracy", "source_correct",
     "source_total", "target_correct", "target_total", "seconds", "images_per_second", "device", "precision",
@@ -397,6 +397,7 @@ def test_help_shows_the_values_of_the_recipe(monkeypatch, capsys, recipe):
         ("image_annotate.py", ["--out", "here", "-f", "a.png"], "--out"),
         ("image_annotate.py", [], "--file"),
         ("tools/report.py", ["--che"], "--che"),
+        ("tools/benchmark.py", ["--round", "3"], "--round"),
     ],
 )
 def test_usage_mistakes(monkeypatch, capsys, script, arguments, told):
@@ -422,6 +423,9 @@ def readme_commands():
         ends = [i for i, word in enumerate(words) if word[0] in "|;&>"] + [len(words)]
         for first, end in zip([0] + [i + 1 for i in ends], ends, strict=False):
             command = words[first:end]
+            if command and Path(command[0]).name == "torchrun":  # its own options come first
+                command = command[[word in SCRIPTS for word in command].index(True) - 1 :]
+                command[0] = "python"
             if len(command) > 1 and Path(command[0]).name == "python" and command[1] in SCRIPTS:
                 commands.append(command[1:])
     return commands
