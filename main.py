@@ -601,6 +601,8 @@ def main() -> None:
     device = machine.choose_device(args.device)
     if device.type == "cpu":
         machine.keep_memory()
+    if args.compile:
+        machine.check_compiler(device)
     with distributed.join(device) as processes:
         config, state = configure(args, settings, device, processes)
         folder = run_folder(args, config)

@@ -131,13 +131,14 @@ def test_table_shows_start_memory_and_accuracy(tmp_path):
     record = {
         "kind": "benchmark", "machine": "M", "device": "cuda", "threads": 2, "command": "c", "commit": "d",
         "start": {"main.py to its first step": {"median": 5.04, "slowest": 6.0, "fastest": 4.0},
-                  "of which python and torch": {"median": 2.0}},
+                  "of it": {"importing torch": 2.0, "importing main.py": 3.0}},
         "memory": {"peak_bytes": 1_900_000_000, "images": {}},
         "accuracy": {"recipe": "quick", "target_accuracy": 0.7, "seconds": None},
     }  # fmt: skip
     (tmp_path / "m.json").write_text(json.dumps(record))
     text = report_speed.speed_report(tmp_path, tmp_path)
     assert "`main.py` to its first step, imports included, files warm: 5.0 s (4.0 – 6.0)" in text
+    assert "- Of it, importing torch: 2.0 s; importing main.py: 3.0 s" in text
     assert "full size: 1.90 GB" in text
     assert "70% of its target's test set after: not reached" in text
     assert "not run" not in text

@@ -30,7 +30,7 @@ import main
 import valid
 from data_loader import Preprocessing
 from model import DANN
-from utils import checkpoint, pretrained
+from utils import checkpoint, machine, pretrained
 from utils.checkpoint import load_weights, save_weights
 from utils.cli import Interrupted, UserError, run_script
 from utils.config import recipe_config, to_dict
@@ -781,3 +781,10 @@ def test_preprocessing_of_weights_is_checked(fail, tiny_data, tmp_path):
     save_weights(tmp_path / "odd.safetensors", DANN("quick", 0.0).state_dict(), described)
     message = fail(valid, "--weights", tmp_path / "odd.safetensors", "--data-dir", tiny_data, "--device", "cpu")
     assert "does not say which network" in message
+
+
+def test_compiling_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"--compile needs a C\+\+ compiler"):
+        machine.check_compiler(torch.device("cpu"))
+    machine.check_compiler(torch.device("cuda"))

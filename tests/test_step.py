@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import lookup_backend
 
 from data_loader import DigitSet, Preprocessing
 from main import Pair, Trainer
@@ -36,14 +37,18 @@ def random_digits(domain: str, count: int, size: int, seed: int) -> DigitSet:
     return DigitSet(domain, "train", images, torch.arange(count) % 10, domain, {})
 
 
-def make_trainer(config: Config, folder, steps: int = 3, target_seed: int = 2, double: bool = False) -> Trainer:
+def make_trainer(
+    config: Config, folder, steps: int = 3, target_seed: int = 2, double: bool = False, compiled: bool = False
+) -> Trainer:
     """A trainer on random images, fp32 or, for close comparisons, all in float64."""
     config = dataclasses.replace(config, precision="fp32")
     count = steps * config.batch_size
     source = random_digits("svhn", count, config.image_size, 1)
     target = random_digits("mnist", count, config.image_size, target_seed)
     pair = Pair(source, target.images, source, target, {}, {}, steps)
-    trainer = Trainer(config, pair, Preprocessing(config.image_size, config.normalisation), CPU, folder)
+    trainer = Trainer(
+        config, pair, Preprocessing(config.image_size, config.normalisation), CPU, folder, compiled=compiled
+    )
     if double:
         trainer.model.double()
     trainer.model.train()
@@ -381,3 +386,23 @@ def test_images_that_are_not_finite_stop_the_run(tmp_path):
     trainer.loader.batch = lambda *args: images(*args) * math.nan
     with pytest.raises(UserError, match="not finite at step 0"):
         trainer.train_epoch(SilentLog())
+
+
+@pytest.mark.parametrize("config", CASES.values(), ids=CASES)
+def test_compiled_step_is_the_plain_step(monkeypatch, tmp_path, config):
+    """Traced and differentiated by the compiler, then run without machine code, which would take a minute to make."""
+    graphs = []
+
+    def count_graphs(graph, inputs):
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    compile_really = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module: compile_really(module, backend=count_graphs))
+    plain, compiled = (make_trainer(config, tmp_path, compiled=flag) for flag in (False, True))
+    for number in range(3):
+        batch = random_batch(config, number, torch.float32)
+        outcomes = [trainer.train_step(*batch, 0.1 + 0.3 * number, 0.01) for trainer in (plain, compiled)]
+        torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(compiled.model.state_dict(), plain.model.state_dict(), rtol=1e-3, atol=1e-5)
+    assert len(graphs) == 1  # one graph, whatever λ_p is

@@ -246,7 +246,7 @@ def seconds_until(arguments: list[str], pattern: str) -> tuple[float, str]:
 
 def start(args: argparse.Namespace, device: torch.device) -> dict:
     """From `python main.py` to the end of its first step, and from `python valid.py` to its table; warm files."""
-    out = {}
+    out: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as folder:
         options = ["--data-dir", str(args.data_dir), "--no-download", "--device", device.type]
         train = ["main.py", *options, "--run-dir", f"{folder}/run"]
@@ -256,8 +256,10 @@ def start(args: argparse.Namespace, device: torch.device) -> dict:
             values = [seconds_until(arguments, pattern)[0] for _ in range(args.rounds + 1)][1:]
             out[name] = {"median": statistics.median(values), "slowest": max(values), "fastest": min(values)}
             say(f"{name:44} {out[name]['median']:10.1f} s  ({min(values):.1f} … {max(values):.1f})")
-    seconds, _ = seconds_until(["-c", "import torch; print('there')"], "^there")
-    out["of which python and torch"] = {"median": seconds}
+    for name, module in (("importing torch", "torch"), ("importing main.py and all it needs", "main")):
+        code = f"import {module}; print('there')"
+        values = [seconds_until(["-c", code], "^there")[0] for _ in range(args.rounds + 1)][1:]
+        out["of it"] = out.get("of it", {}) | {name: statistics.median(values)}
     return out
 
 

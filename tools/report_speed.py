@@ -65,7 +65,9 @@ def other_lines(record: dict) -> list[str]:
     """Start, memory and time to an accuracy, a line each."""
     lines = []
     for name, seconds in record.get("start", {}).items():
-        if "slowest" in seconds:
+        if name == "of it":
+            lines.append("Of it, " + "; ".join(f"{part}: {value:.1f} s" for part, value in seconds.items()))
+        else:
             text = f"{seconds['median']:.1f} s ({seconds['fastest']:.1f} – {seconds['slowest']:.1f})"
             lines.append(f"`{name.split()[0]}` {name.split(' ', 1)[1]}, imports included, files warm: {text}")
     if "memory" in record:

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -56,6 +57,13 @@ def choose_precision(name: str, device: torch.device) -> str:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context in which forward passes run at `precision`."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError when torch.compile would find no C++ compiler for a CPU."""
+    names = (os.environ.get("CXX") or "g++", "c++", "clang++")
+    if device.type == "cpu" and not any(map(shutil.which, names)):
+        raise UserError(f"--compile needs a C++ compiler on the CPU ({', '.join(names)}): install one, or leave it out")
 
 
 def keep_memory(keep: bool = True) -> None:
