@@ -63,9 +63,15 @@ def _conv(in_channels: int, out_channels: int, size: int, padding: int | str = "
     return [nn.Conv2d(in_channels, out_channels, size, padding=padding), nn.ReLU(inplace=True)]
 
 
+def _conv_pool(in_channels: int, out_channels: int, size: int, pool: nn.MaxPool2d) -> list[nn.Module]:
+    """Convolution, ReLU and max pooling; the two commute, and after pooling ReLU has a fourth of the values."""
+    convolution, relu = _conv(in_channels, out_channels, size)
+    return [convolution, pool, relu]
+
+
 def _conv_norm_pool(in_channels: int, out_channels: int) -> list[nn.Module]:
     convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-    return [convolution, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+    return [convolution, nn.BatchNorm2d(out_channels), nn.MaxPool2d(2), nn.ReLU(inplace=True)]
 
 
 def _mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
@@ -85,10 +91,8 @@ def _system_a(part: str, dropout: float) -> nn.Sequential:
         return _mlp(6272, 1024, 1024, 2)
     pool = nn.MaxPool2d(3, stride=2, padding=1)
     layers = [
-        *_conv(3, 64, 5),
-        pool,
-        *_conv(64, 64, 5),
-        pool,
+        *_conv_pool(3, 64, 5, pool),
+        *_conv_pool(64, 64, 5, pool),
         *_conv(64, 128, 5),
         Dropout(dropout),
         nn.Flatten(),
@@ -119,7 +123,7 @@ def _paper_svhn(part: str, dropout: float) -> nn.Sequential:
     if part == "discriminator":
         return _mlp(8192, 1024, 1024, 1, dropout=dropout)
     pool = nn.MaxPool2d(3, stride=2, ceil_mode=True)
-    return nn.Sequential(*_conv(3, 64, 5), pool, *_conv(64, 64, 5), pool, *_conv(64, 128, 5), nn.Flatten())
+    return nn.Sequential(*_conv_pool(3, 64, 5, pool), *_conv_pool(64, 64, 5, pool), *_conv(64, 128, 5), nn.Flatten())
 
 
 def _paper_mnist(part: str, dropout: float) -> nn.Sequential:
@@ -129,7 +133,7 @@ def _paper_mnist(part: str, dropout: float) -> nn.Sequential:
     if part == "discriminator":
         return _mlp(3072, 100, 1, dropout=dropout)
     pool = nn.MaxPool2d(2)
-    return nn.Sequential(*_conv(3, 32, 5), pool, *_conv(32, 48, 5), pool, nn.Flatten())
+    return nn.Sequential(*_conv_pool(3, 32, 5, pool), *_conv_pool(32, 48, 5, pool), nn.Flatten())
 
 
 def _quick(part: str, dropout: float) -> nn.Sequential:

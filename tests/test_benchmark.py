@@ -190,3 +190,10 @@ def test_nothing_to_measure_is_refused(monkeypatch, option):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", option, "0"])
     with pytest.raises(UserError, match=f"{option} must be above 0"):
         benchmark.parse_arguments()
+
+
+def test_peak_memory_is_that_of_the_process(tmp_path):
+    code = "import time; x = bytearray(b'x') * 80_000_000; del x; print('there', flush=True); time.sleep(60)"
+    with benchmark.running(["-c", code]) as process:
+        assert process.stdout.readline() == "there\n"
+        assert 80e6 < benchmark.peak_memory(process.pid) < 120e6
