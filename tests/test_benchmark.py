@@ -61,15 +61,16 @@ def test_rates_are_amounts_by_seconds_and_jobs_take_turns():
     order = []
 
     def job(name: str, seconds: float) -> benchmark.Job:
-        def run() -> float:
-            order.append(name)
+        def run(steps: int) -> float:
+            order.append((name, steps))
             time.sleep(seconds)
             return 6.0
 
         return benchmark.Job(name, "things/s", run, {"kind": "test"})
 
-    records = benchmark.measure([job("a", 0.03), job("b", 0.06)], 3, CPU)
-    assert order == ["a", "b"] * 4  # a round that isn't counted, and three
+    records = benchmark.measure([job("a", 0.03), job("b", 0.06)], 3, 7, CPU)
+    lead_in = benchmark.LEAD_IN_STEPS
+    assert order == [("a", lead_in), ("a", 7), ("b", lead_in), ("b", 7)] * 4  # a round that isn't counted, and three
     for record, seconds in zip(records, (0.03, 0.06), strict=True):
         assert record["slowest"] <= record["median"] <= record["fastest"] <= 6 / seconds
         assert record["median"] > 0.5 * 6 / seconds

@@ -37,6 +37,7 @@ from utils.files import write_json  # noqa: E402
 from utils.run_log import SilentLog, say  # noqa: E402
 from valid import predict  # noqa: E402
 
+LEAD_IN_STEPS = 4
 IMAGES = 12_800  # random images of each domain: what they show makes no difference to the time
 SECTIONS = ("speed", "start", "memory", "accuracy")
 FULL_SIZES = {"svhn": (73_257, 26_032), "mnist": (60_000, 10_000)}
@@ -78,11 +79,11 @@ def operations_of_step(config: Config) -> int:
 
 @dataclasses.dataclass
 class Job:
-    """Something to measure: `run` does it once and returns how much it did, in `unit`."""
+    """Something to measure: `run(steps)` does it and returns how much it did, in `unit`."""
 
     name: str
     unit: str
-    run: Callable[[], float]
+    run: Callable[[int], float]
     about: dict
     keeps_memory: bool = True  # as main.py does on a CPU; the usual way does not
 
@@ -95,16 +96,21 @@ def synchronise(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def measure(jobs: list[Job], rounds: int, device: torch.device) -> list[dict]:
-    """All jobs in turn, `rounds` times after one that isn't counted; rates in units a second."""
+def measure(jobs: list[Job], rounds: int, steps: int, device: torch.device) -> list[dict]:
+    """All jobs in turn, `rounds` times after one that isn't counted; rates in units a second.
+
+    Each turn starts with some steps that aren't counted: they use up what the loaders' workers have prepared while
+    others had their turn, and fill the caches.
+    """
     rates = {job.name: [] for job in jobs}
     for number in range(rounds + 1):
         for job in jobs:
             if device.type == "cpu":
                 machine.keep_memory(job.keeps_memory)
+            job.run(LEAD_IN_STEPS)
             synchronise(device)
             started = time.perf_counter()
-            amount = job.run()
+            amount = job.run(steps)
             synchronise(device)
             if number:
                 rates[job.name].append(amount / (time.perf_counter() - started))
@@ -124,41 +130,40 @@ def ceiling_jobs(device: torch.device) -> list[Job]:
     jobs = []
     for precision, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a, b = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
-        times = 50 if device.type == "cuda" else 20 if precision == "bf16" else 10
+        times = 4 if precision == "bf16" else 2
 
-        def product(a=a, b=b, times=times) -> float:
-            for _ in range(times):
+        def product(steps: int, a=a, b=b, times=times) -> float:
+            for _ in range(steps * times):
                 a @ b
-            return times * 2 * size**3 / 1e9
+            return steps * times * 2 * size**3 / 1e9
 
         jobs.append(Job(f"matrix product {precision}", "GFLOP/s", product, {"precision": precision, "size": size}))
     x = torch.zeros(2**26, device=device)
     y = torch.zeros_like(x)
 
-    def copy() -> float:
-        for _ in range(10):
+    def copy(steps: int) -> float:
+        for _ in range(steps):
             y.copy_(x)
-        return 10 * 2 * x.nbytes / 1e9
+        return steps * 2 * x.nbytes / 1e9
 
     return [*jobs, Job("copy, read and written", "GB/s", copy, {"bytes": x.nbytes})]
 
 
-def recipe_jobs(config: Config, steps: int, device: torch.device, compiled: bool) -> list[Job]:
+def recipe_jobs(config: Config, device: torch.device, compiled: bool) -> list[Job]:
     """Training, by the very loop of main.py, and inference, by the very function of valid.py."""
     source = random_digits(config.source, (3, 32, 32), 1)
     target = random_digits(config.target, (1, 28, 28), 2)
     preprocess = Preprocessing(config.image_size, config.normalisation)
-    pair = Pair(source, target.images, source, target, {}, {}, steps)
+    pair = Pair(source, target.images, source, target, {}, {}, steps=1)
     trainer = Trainer(config, pair, preprocess, device, Path("unused"), compiled=compiled)
 
-    def training() -> float:
-        trainer.epoch, trainer.step = config.warm_start_epochs, 0
+    def training(steps: int) -> float:
+        trainer.epoch, trainer.step, trainer.loader.steps = config.warm_start_epochs, 0, steps
         trainer.train_epoch(SilentLog())
         return steps * 2 * config.batch_size
 
-    images = source.images.to(device)
-
-    def inference() -> float:
+    def inference(steps: int) -> float:
+        images = source.images[: 4 * steps * config.batch_size]
         predict(trainer.model, images, preprocess, device, config.precision)
         return len(images)
 
@@ -177,14 +182,14 @@ def recipe_jobs(config: Config, steps: int, device: torch.device, compiled: bool
     ]
 
 
-def usual_jobs(config: Config, steps: int, device: torch.device) -> list[Job]:
+def usual_jobs(config: Config, device: torch.device) -> list[Job]:
     """The same network, batch, device and optimiser in the way such scripts are usually written."""
     source = random_digits(config.source, (3, 32, 32), 1)
     target = random_digits(config.target, (1, 28, 28), 2)
     usual = UsualWay(config, source, target, device)
     about = {"recipe": config.recipe, "precision": "fp32", "compiled": False, "way": "usual"}
     about |= {"batch_size": config.batch_size}
-    jobs = {"training": lambda: usual.train(steps), "inference": lambda: usual.test(steps * 4)}
+    jobs = {"training": usual.train, "inference": lambda steps: usual.test(4 * steps)}
     return [
         Job(f"{kind} {config.recipe} fp32, the usual way", "images/s", run, {"kind": kind, **about}, False)
         for kind, run in jobs.items()
@@ -198,11 +203,11 @@ def speed(args: argparse.Namespace, device: torch.device) -> dict:
         config = recipe_config(recipe)
         for precision in args.precisions:
             own = dataclasses.replace(config, precision=precision)
-            jobs += recipe_jobs(own, args.steps, device, False)
+            jobs += recipe_jobs(own, device, False)
             if args.compile:
-                jobs += recipe_jobs(own, args.steps, device, True)
-        jobs += usual_jobs(config, args.steps, device)
-    records = measure(jobs, args.rounds, device)
+                jobs += recipe_jobs(own, device, True)
+        jobs += usual_jobs(config, device)
+    records = measure(jobs, args.rounds, args.steps, device)
     ceilings = {r["precision"]: r["median"] for r in records if r["name"].startswith("matrix product")}
     usual = {(r["recipe"], r["kind"]): r["median"] for r in records if r.get("way") == "usual"}
     for record in records:
@@ -349,7 +354,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     option("--compile", action="store_true", help="measure the compiled step too")
     option("--rounds", type=int, default=3, metavar="N", help="rounds, after one to warm up (default: %(default)s)")
-    option("--steps", type=int, default=16, metavar="N", help="training steps a round (default: %(default)s)")
+    option("--steps", type=int, default=12, metavar="N", help="training steps a round (default: %(default)s)")
     option("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     option("--target-accuracy", type=float, default=0.7, metavar="X", help="in [0, 1] (default: %(default)s)")
     option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="for `start` (default: %(default)s)")
