@@ -63,15 +63,18 @@ def test_rates_are_amounts_by_seconds_and_jobs_take_turns():
     def job(name: str, seconds: float) -> benchmark.Job:
         def run(steps: int) -> float:
             order.append((name, steps))
-            time.sleep(seconds)
-            return 6.0
+            time.sleep(steps * seconds)
+            return 6.0 * steps
 
         return benchmark.Job(name, "things/s", run, {"kind": "test"})
 
-    records = benchmark.measure([job("a", 0.03), job("b", 0.06)], 3, 7, CPU)
-    lead_in = benchmark.LEAD_IN_STEPS
-    assert order == [("a", lead_in), ("a", 7), ("b", lead_in), ("b", 7)] * 4  # a round that isn't counted, and three
-    for record, seconds in zip(records, (0.03, 0.06), strict=True):
+    records = benchmark.measure([job("a", 0.01), job("b", 0.02)], 3, 0.2, CPU)
+    steps = {record["name"]: record["steps_a_turn"] for record in records}
+    first = [("a", 1), ("a", 2), ("b", 1), ("b", 2)]  # how long do they take? not counted
+    turns = [(name, count) for name in "ab" for count in (steps[name] // 2, steps[name])]
+    assert order == first + turns * 3
+    for record, seconds in zip(records, (0.01, 0.02), strict=True):
+        assert 0.6 * 0.2 / seconds <= record["steps_a_turn"] <= 0.2 / seconds
         assert record["slowest"] <= record["median"] <= record["fastest"] <= 6 / seconds
         assert record["median"] > 0.5 * 6 / seconds
         assert record["kind"] == "test"
@@ -111,7 +114,7 @@ def test_script_writes_what_the_readme_shows(tmp_path):
     """A short run of the real thing; the table is made from its file."""
     file = tmp_path / "results" / "benchmark" / "here.json"
     command = ["tools/benchmark.py", "--sections", "speed", "--recipes", "quick", "--precisions", "fp32"]
-    command += ["--rounds", "1", "--steps", "1", "--threads", "1", "--device", "cpu", "--json", str(file)]
+    command += ["--rounds", "1", "--seconds", "0.2", "--threads", "1", "--device", "cpu", "--json", str(file)]
     file.parent.mkdir(parents=True)
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -186,7 +189,7 @@ def test_keeping_memory_changes_no_value():
     assert torch.equal(before, kept)
 
 
-@pytest.mark.parametrize("option", ["--rounds", "--steps", "--threads"])
+@pytest.mark.parametrize("option", ["--rounds", "--seconds", "--threads"])
 def test_nothing_to_measure_is_refused(monkeypatch, option):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", option, "0"])
     with pytest.raises(UserError, match=f"{option} must be above 0"):

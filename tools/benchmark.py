@@ -37,7 +37,6 @@ from utils.files import write_json  # noqa: E402
 from utils.run_log import SilentLog, say  # noqa: E402
 from valid import predict  # noqa: E402
 
-LEAD_IN_STEPS = 4
 IMAGES = 12_800  # random images of each domain: what they show makes no difference to the time
 SECTIONS = ("speed", "start", "memory", "accuracy")
 FULL_SIZES = {"svhn": (73_257, 26_032), "mnist": (60_000, 10_000)}
@@ -96,30 +95,39 @@ def synchronise(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def measure(jobs: list[Job], rounds: int, steps: int, device: torch.device) -> list[dict]:
+def timed(job: Job, steps: int, device: torch.device) -> tuple[float, float]:
+    """How much a job did in so many steps, and in how many seconds."""
+    synchronise(device)
+    started = time.perf_counter()
+    amount = job.run(steps)
+    synchronise(device)
+    return amount, time.perf_counter() - started
+
+
+def measure(jobs: list[Job], rounds: int, turn_seconds: float, device: torch.device) -> list[dict]:
     """All jobs in turn, `rounds` times after one that isn't counted; rates in units a second.
 
-    Each turn starts with some steps that aren't counted: they use up what the loaders' workers have prepared while
-    others had their turn, and fill the caches.
+    A turn has as many steps as fill its seconds. Half as many come before it and aren't counted: they use up what the
+    loaders' workers have prepared while others had their turn, and bring the memory to where it stays.
     """
-    rates = {job.name: [] for job in jobs}
+    rates, steps = {job.name: [] for job in jobs}, {}
     for number in range(rounds + 1):
         for job in jobs:
             if device.type == "cpu":
                 machine.keep_memory(job.keeps_memory)
-            job.run(LEAD_IN_STEPS)
-            synchronise(device)
-            started = time.perf_counter()
-            amount = job.run(steps)
-            synchronise(device)
-            if number:
-                rates[job.name].append(amount / (time.perf_counter() - started))
+            if not number:
+                timed(job, 1, device)
+                steps[job.name] = max(2, round(2 * turn_seconds / timed(job, 2, device)[1]))
+                continue
+            timed(job, steps[job.name] // 2, device)
+            amount, seconds = timed(job, steps[job.name], device)
+            rates[job.name].append(amount / seconds)
         say(f"round {number} of {rounds} done" + (" (warm-up, not counted)" if not number else ""))
     records = []
     for job in jobs:
         values = rates[job.name]
         rate = {"median": statistics.median(values), "slowest": min(values), "fastest": max(values)}
-        records.append({"name": job.name, "unit": job.unit, **rate, **job.about})
+        records.append({"name": job.name, "unit": job.unit, **rate, "steps_a_turn": steps[job.name], **job.about})
         say(f"{job.name:44} {rate['median']:10,.1f} {job.unit}  ({min(values):,.1f} … {max(values):,.1f})")
     return records
 
@@ -162,10 +170,12 @@ def recipe_jobs(config: Config, device: torch.device, compiled: bool) -> list[Jo
         trainer.train_epoch(SilentLog())
         return steps * 2 * config.batch_size
 
+    images = source.images[:2000]
+
     def inference(steps: int) -> float:
-        images = source.images[: 4 * steps * config.batch_size]
-        predict(trainer.model, images, preprocess, device, config.precision)
-        return len(images)
+        for _ in range(steps):
+            predict(trainer.model, images, preprocess, device, config.precision)
+        return steps * len(images)
 
     name = f"{config.recipe} {config.precision}" + (", compiled" if compiled else "")
     about = {"recipe": config.recipe, "precision": config.precision, "compiled": compiled, "way": "this project"}
@@ -207,7 +217,7 @@ def speed(args: argparse.Namespace, device: torch.device) -> dict:
             if args.compile:
                 jobs += recipe_jobs(own, device, True)
         jobs += usual_jobs(config, device)
-    records = measure(jobs, args.rounds, args.steps, device)
+    records = measure(jobs, args.rounds, args.seconds, device)
     ceilings = {r["precision"]: r["median"] for r in records if r["name"].startswith("matrix product")}
     usual = {(r["recipe"], r["kind"]): r["median"] for r in records if r.get("way") == "usual"}
     for record in records:
@@ -216,7 +226,7 @@ def speed(args: argparse.Namespace, device: torch.device) -> dict:
             gflops = record["median"] * record["operations_per_image"] / 1e9
             record["gflop_per_second"] = gflops
             record["share_of_ceiling"] = gflops / ceilings[record["precision"]]
-    out = {"rounds": args.rounds, "steps_a_round": args.steps, "rates": records}
+    out = {"rounds": args.rounds, "seconds_a_turn": args.seconds, "rates": records}
     if device.type == "cuda":
         out["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(device)
     return out
@@ -354,16 +364,16 @@ def parse_arguments() -> argparse.Namespace:
     )
     option("--compile", action="store_true", help="measure the compiled step too")
     option("--rounds", type=int, default=3, metavar="N", help="rounds, after one to warm up (default: %(default)s)")
-    option("--steps", type=int, default=12, metavar="N", help="training steps a round (default: %(default)s)")
+    option("--seconds", type=float, default=4, metavar="X", help="of each job in a round (default: %(default)s)")
     option("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     option("--target-accuracy", type=float, default=0.7, metavar="X", help="in [0, 1] (default: %(default)s)")
     option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="for `start` (default: %(default)s)")
     option("--json", type=Path, metavar="FILE", help="write the figures there")
     machine.add_device_argument(parser)
     args = parser.parse_args()
-    for name in ("rounds", "steps", "threads"):
+    for name in ("rounds", "seconds", "threads"):
         value = getattr(args, name)
-        if value is not None and value < 1:
+        if value is not None and not value > 0:
             raise UserError(f"--{name} must be above 0, not {value}")
     args.data_dir = args.data_dir.resolve()
     return args
