@@ -188,8 +188,7 @@ class Trainer:
         self.steps_done = 0  # by this process
         self.stop_requested = False
         self.command, self.dry_run = machine.command_line(), False
-        launcher = "python" if processes.count == 1 else f"torchrun --nproc_per_node={processes.count}"
-        self.resume_command = f"{launcher} main.py --resume {shlex.quote(str(folder))}"
+        self.resume_command = f"{processes.launcher} main.py --resume {shlex.quote(str(folder))}"
 
     @property
     def adapts(self) -> bool:
@@ -317,7 +316,7 @@ class Trainer:
         if len(state["rng"]) != self.processes.count:
             raise UserError(
                 f"{self.folder} was trained by {len(state['rng'])} processes, not {self.processes.count}: "
-                f"resume it with `torchrun --nproc_per_node={len(state['rng'])} main.py --resume …`"
+                f"resume it with `{distributed.Processes(count=len(state['rng'])).launcher} main.py --resume …`"
             )
         if state["steps_per_epoch"] != self.loader.steps or state["about"] != self.about:
             raise UserError(f"{self.folder} was trained on other data: resume with the same --data-dir")

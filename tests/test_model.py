@@ -405,3 +405,4 @@ def test_dropout_does_nothing_in_eval_mode_or_without_probability():
     x = torch.rand(7, 3)
     assert torch.equal(Dropout(0.5).eval()(x), x)
     assert torch.equal(Dropout(0.0)(x), x)
+    assert Dropout(0.999999)(x).isfinite().all()

@@ -36,6 +36,11 @@ class Processes:
         return slice(self.rank * size, (self.rank + 1) * size)
 
     @property
+    def launcher(self) -> str:
+        """What starts so many processes on the command line."""
+        return "python" if self.count == 1 else f"torchrun --nproc_per_node={self.count}"
+
+    @property
     def own_seed(self) -> tuple[int, ...]:
         """What a seed of random draws that should differ between processes has besides: nothing in a lone process."""
         return (self.rank,) if self.count > 1 else ()
