@@ -237,6 +237,8 @@ class Preprocessing:
         """Bring uint8 images to the network's size; those that have it come back as they are."""
         if images.shape[-2:] == (self.image_size, self.image_size):
             return images
+        if images.device.type == "mps":  # not every torch can interpolate with antialiasing there
+            return self.resize(images.cpu()).to(images.device)
         size = (self.image_size, self.image_size)
         parts = [  # in parts, because interpolation makes a float copy of what it is given
             F.interpolate(part.float(), size, mode="bilinear", antialias=True).round_().clamp_(0, 255).byte()
