@@ -16,7 +16,7 @@ def read_benchmarks(folder: Path) -> list[dict]:
     Raises: UserError for a record that lacks what the tables need.
     """
     records = []
-    for path in sorted(folder.rglob("*.json")):
+    for path in sorted(folder.rglob("*.json"), key=lambda path: path.with_suffix("")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
