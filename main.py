@@ -598,8 +598,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = machine.choose_device(args.device)
-    if device.type == "cpu":
-        machine.keep_memory()
+    machine.keep_memory(device)
     if args.compile:
         machine.check_compiler(device)
     with distributed.join(device) as processes:

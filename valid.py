@@ -182,8 +182,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     device = machine.choose_device(args.device)
-    if device.type == "cpu":
-        machine.keep_memory()
+    machine.keep_memory(device)
     reader = load_reader(args.weights, device, args.download)
     trained = reader.config.precision
     precision = trained if args.precision == "as-trained" else args.precision

@@ -183,9 +183,9 @@ def test_seconds_since_start_is_the_age_of_the_process():
 def test_keeping_memory_changes_no_value():
     x = torch.rand(300, 300)
     before = x @ x
-    machine.keep_memory()
+    machine.keep_memory(CPU)
     kept = x @ x
-    machine.keep_memory(False)
+    machine.keep_memory(CPU, False)
     assert torch.equal(before, kept)
 
 

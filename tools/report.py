@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tools.report_speed import speed_report  # noqa: E402
+from tools.tables import code, escape, markdown_table, read_record  # noqa: E402
 from utils.cli import UserError, run_script, script_parser  # noqa: E402
 from utils.files import write_atomically  # noqa: E402
 
@@ -44,14 +45,7 @@ def read_result(path: Path) -> dict | None:
     Raises:
         UserError: the file is no JSON object, lacks a key, contradicts itself, or comes from a dry run.
     """
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(result, dict) or "kind" not in result:
-        raise UserError(f'{path} is not a result: it should be a JSON object with a "kind"')
+    result = read_record(path)
     if result["kind"] != "training":
         return None
     check_result(result, path)
@@ -218,22 +212,6 @@ def reported_cell(run: dict, reported: list[dict]) -> str:
             if all(entry[key] == wanted[key] for key in ("source", "target", "method", "recipe")):
                 return f"{entry['by']}: {entry['source_accuracy'] or '–'} / {entry['target_accuracy']}"
     return "–"
-
-
-def escape(text: str) -> str:
-    """Text as it should show in a Markdown table cell."""
-    return re.sub(r"([\\|*<`\[])", r"\\\1", " ".join(text.split()))
-
-
-def code(text: str) -> str:
-    """Code as it should show in a Markdown table cell, where even in code a bar must be escaped."""
-    return "`" + " ".join(text.replace("`", "'").split()).replace("|", "\\|") + "`"
-
-
-def markdown_table(header: list[str], align: str, rows: list[list[str]]) -> str:
-    """A Markdown table; `align` has one letter a column, l or r."""
-    rule = [{"l": ":--", "r": "--:"}[letter] for letter in align]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
 
 
 def pair_table(table: list[list[dict]], reported: list[dict], home: Path) -> str:

@@ -1,10 +1,10 @@
 """The README's tables of speed, from the records that tools/benchmark.py wrote."""
 
-import json
 import os
 from pathlib import Path
 from urllib.parse import quote
 
+from tools.tables import code, markdown_table, read_record
 from utils.cli import UserError
 
 NEEDED = ("machine", "device", "threads", "command", "commit")
@@ -17,11 +17,8 @@ def read_benchmarks(folder: Path) -> list[dict]:
     """
     records = []
     for path in sorted(folder.rglob("*.json"), key=lambda path: path.with_suffix("")):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {error}") from None
-        if isinstance(record, dict) and record.get("kind") == "benchmark":
+        record = read_record(path)
+        if record["kind"] == "benchmark":
             if missing := [key for key in NEEDED if key not in record]:
                 raise UserError(f"{path} lacks {', '.join(missing)}: make it again with tools/benchmark.py --json")
             records.append(record | {"path": path})
@@ -38,12 +35,6 @@ def spread(rate: dict) -> str:
     return f"{number(rate['median'])} ({number(rate['slowest'])} – {number(rate['fastest'])})"
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose first column is text and whose others are figures."""
-    rule = [":--"] + ["--:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
-
-
 def rates_table(speed: dict) -> str:
     """Images per second of each recipe, its gain over the usual way, its share of the ceiling."""
     rows = []
@@ -58,7 +49,7 @@ def rates_table(speed: dict) -> str:
     ceilings = "; ".join(
         f"{rate['name']} {spread(rate)} {rate['unit']}" for rate in speed["rates"] if "way" not in rate
     )
-    return f"{table(header, rows)}\n\nThe ceiling, measured in the same run: {ceilings}."
+    return f"{markdown_table(header, 'lrrrr', rows)}\n\nThe ceiling, measured in the same run: {ceilings}."
 
 
 def other_lines(record: dict) -> list[str]:
@@ -88,7 +79,7 @@ def speed_report(folder: Path, home: Path) -> str:
     for record in records:
         file = Path(os.path.relpath(record["path"], home)).as_posix()
         where = f"{record['machine']} ({record['device']}), {record['threads']} threads"
-        parts.append(f"**{where}** – `{record['command']}` wrote [{file}]({quote(file)})")
+        parts.append(f"**{where}** – {code(record['command'])} wrote [{file}]({quote(file)})")
         if "speed" in record:
             parts.append(rates_table(record["speed"]))
         parts.append("\n".join(f"- {line}" for line in other_lines(record)))

@@ -28,6 +28,11 @@ def script_parser(description: str, epilog: str) -> argparse.ArgumentParser:
     )
 
 
+def is_first_process() -> bool:
+    """Whether this is the one of several processes (`torchrun`) that speaks for all, or a lone one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -48,7 +53,7 @@ def run_script(main: Callable[[], None]) -> None:
             raise SystemExit(1) from None
         interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
         text = " ".join(str(error).split()) or "interrupted"
-        if interrupted and os.environ.get("RANK", "0") != "0":  # one of several processes says it
+        if interrupted and not is_first_process():
             raise SystemExit(130) from None
         print(text if interrupted else f"error: {text}", file=sys.stderr)
         raise SystemExit(130 if interrupted else 1) from None

@@ -66,13 +66,13 @@ def check_compiler(device: torch.device) -> None:
         raise UserError(f"--compile needs a C++ compiler on the CPU ({', '.join(names)}): install one, or leave it out")
 
 
-def keep_memory(keep: bool = True) -> None:
-    """Have the C library keep freed memory for the next step, where that is glibc; elsewhere nothing happens.
+def keep_memory(device: torch.device, keep: bool = True) -> None:
+    """On a CPU, have the C library keep freed memory for the next step, where that is glibc; else nothing happens.
 
     By default it gives every large tensor back to the system, which has to clear its pages anew: with `dann` that is a
     fifth of a step on a CPU. `keep=False` is the state that a program reaches by itself.
     """
-    if not sys.platform.startswith("linux"):
+    if device.type != "cpu" or not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

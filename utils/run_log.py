@@ -1,7 +1,6 @@
 """What a run leaves for people and programs: metrics.jsonl, TensorBoard events and the lines on the screen."""
 
 import json
-import os
 import sys
 import threading
 from pathlib import Path
@@ -9,13 +8,13 @@ from pathlib import Path
 import torch
 from tensorboardX import SummaryWriter
 
-from utils.cli import UserError
+from utils.cli import UserError, is_first_process
 from utils.files import write_atomically
 
 
 def say(text: str = "") -> None:
     """Print a line for people: stderr, so that stdout ends with the result alone. Of several processes one speaks."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         print(text, file=sys.stderr, flush=True)
 
 

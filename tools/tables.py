@@ -1,0 +1,36 @@
+"""What the README's tables share: reading a record, and Markdown."""
+
+import json
+import re
+from pathlib import Path
+
+from utils.cli import UserError
+
+
+def read_record(path: Path) -> dict:
+    """A JSON object with a "kind"; raises UserError, naming the file, when it is none."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(record, dict) or "kind" not in record:
+        raise UserError(f'{path} is not a result: it should be a JSON object with a "kind"')
+    return record
+
+
+def escape(text: str) -> str:
+    """Text as it should show in a Markdown table cell."""
+    return re.sub(r"([\\|*<`\[])", r"\\\1", " ".join(text.split()))
+
+
+def code(text: str) -> str:
+    """Code as it should show in a Markdown table cell, where even in code a bar must be escaped."""
+    return "`" + " ".join(text.replace("`", "'").split()).replace("|", "\\|") + "`"
+
+
+def markdown_table(header: list[str], align: str, rows: list[list[str]]) -> str:
+    """A Markdown table; `align` has one letter a column, l or r."""
+    rule = [{"l": ":--", "r": "--:"}[letter] for letter in align]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
