@@ -15,7 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model import NETWORKS
+from utils.augmentation import Draws, augment, draw, standardise
 from utils.cli import UserError
+from utils.config import Config
 from utils.data_files import LICENCES, data_files, md5_of
 from utils.synth_digits import load_synth_digits
 
@@ -225,37 +228,41 @@ class Preprocessing:
         normalisation: "unit" leaves [0, 1]; "mean" subtracts `mean`; "per-image" makes each image zero-mean with
             unit variance over all its pixels and channels.
         mean: the mean pixel in [0, 1], one value a colour.
+        grey: the network takes one channel; colours are averaged.
 
-    Shape: (N, C, H, W) uint8, C = 1 or 3 -> (N, 3, image_size, image_size) float32
+    Shape: (N, C, H, W) uint8, C = 1 or 3 -> (N, 1 if grey else 3, image_size, image_size) float32
     """
 
     image_size: int
     normalisation: str = "unit"
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    grey: bool = False
 
     def resize(self, images: Tensor) -> Tensor:
-        """Bring uint8 images to the network's size; those that have it come back as they are."""
-        if images.shape[-2:] == (self.image_size, self.image_size):
+        """Bring uint8 images to the network's size and, for a grey one, to one channel; what fits stays as it is."""
+        channels = 1 if self.grey else images.shape[1]
+        shape = (channels, self.image_size, self.image_size)
+        if images.shape[1:] == shape:
             return images
         if images.device.type == "mps":  # not every torch can interpolate with antialiasing there
             return self.resize(images.cpu()).to(images.device)
-        size = (self.image_size, self.image_size)
-        parts = [  # in parts, because interpolation makes a float copy of what it is given
-            F.interpolate(part.float(), size, mode="bilinear", antialias=True).round_().clamp_(0, 255).byte()
-            for part in images.split(4096)
-        ]
-        return torch.cat(parts) if parts else images.new_empty((0, images.shape[1], *size))
+        parts = []
+        for part in images.split(4096):  # in parts, because floats take four times the memory
+            x = part.float()
+            x = x.mean(1, keepdim=True) if self.grey else x
+            if x.shape[1:] != shape:
+                x = F.interpolate(x, shape[1:], mode="bilinear", antialias=True)
+            parts.append(x.round_().clamp_(0, 255).byte())
+        return torch.cat(parts) if parts else images.new_empty((0, *shape))
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.normalise(self.resize(images).float().div_(255))
 
     def normalise(self, x: Tensor) -> Tensor:
-        """From [0, 1], (N, 1 or 3, H, W), to the network's input, (N, 3, H, W), channels last in memory."""
+        """From [0, 1], (N, 1 or 3, H, W), to the network's input, (N, 1 or 3, H, W), channels last in memory."""
         if self.normalisation == "per-image":
-            mean = x.mean((1, 2, 3), keepdim=True)
-            # A blank image stays zero: its deviation is 0 and nothing is divided by it.
-            x = (x - mean) / x.std((1, 2, 3), correction=0, keepdim=True).clamp_min(1e-3)
-        if x.shape[1] == 1:
+            x = standardise(x)
+        if x.shape[1] == 1 and not self.grey:
             x = x.expand(-1, 3, -1, -1)
         if self.normalisation == "mean":
             x = x - x.new_tensor(self.mean).view(1, 3, 1, 1)
@@ -273,28 +280,11 @@ def mean_pixel(images: Sequence[Tensor]) -> tuple[float, float, float]:
     return tuple(round(value, 6) for value in torch.stack(means).mean(0).tolist())
 
 
-def affine_draws(count: int, generator: torch.Generator) -> Tensor:
-    """What `random_affine` needs for so many images: angle, shear, two scales, two shifts. Shape: -> (6, count)."""
-    bounds = (15 * torch.pi / 180, 0.15, 0.15, 0.15, 0.125, 0.125)
-    draws = torch.empty(6, count, device=generator.device)
-    for row, bound in zip(draws, bounds, strict=True):
-        row.uniform_(-bound, bound, generator=generator)
-    return draws
-
-
-def random_affine(x: Tensor, draws: Tensor) -> Tensor:
-    """Rotate (±15°), scale (0.85–1.15, each axis for itself), shear (±0.15) and shift (±2 of 32 pixels) each image.
-
-    The same distribution for every domain; values stay within the image's range.
-
-    Shape: (N, C, H, W), (6, N) -> (N, C, H, W)
-    """
-    angle, shear, wide, high, right, down = draws
-    cos, sin = angle.cos(), angle.sin()
-    rows = [(1 + wide) * cos, shear - sin, right, sin + shear, (1 + high) * cos, down]
-    theta = torch.stack(rows, 1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+def preprocessing_for(config: Config, images: Sequence[Tensor] = ()) -> Preprocessing:
+    """What the configuration does to images; `images` are the training sets, whose mean pixel it may need."""
+    mean = mean_pixel(images) if config.normalisation == "mean" and images else (0.0, 0.0, 0.0)
+    grey = NETWORKS[config.network].channels == 1
+    return Preprocessing(config.image_size, config.normalisation, mean, grey)
 
 
 def seed_of(*parts: int) -> int:
@@ -320,12 +310,14 @@ class PairedLoader:
         source: labelled set. target_images: (M, C, H, W) uint8.
         batch_size: images of each domain in a batch.
         preprocess: the same for both domains.
+        augmentation: as `utils.augmentation.draw` takes it.
         device: where the sets are kept and batches are made.
         steps: batches an epoch, when it shall not follow from the sizes of the sets.
         share: the part of each batch to give out, for one of several processes; together they give out the same
             images, changed in the same way, as one would.
+        two_views: x_t holds each target image twice, under `augmentation` and, for a teacher, under "weak".
 
-    Shape: x_s, x_t (B, 3, S, S) float32; y_s (B,) int64
+    Shape: x_s, x_t (B, C, S, S) float32, with two views x_t (2, B, C, S, S); y_s (B,) int64
     """
 
     def __init__(
@@ -339,18 +331,18 @@ class PairedLoader:
         device: torch.device | str = "cpu",
         steps: int | None = None,
         share: slice = slice(None),
+        two_views: bool = False,
     ):
         self.images_s = preprocess.resize(source.images).to(device)
         self.labels_s = source.labels.to(device)
         self.images_t = preprocess.resize(target_images).to(device)
         self.batch_size, self.seed, self.preprocess, self.share = batch_size, seed, preprocess, share
-        self.augments = augmentation == "affine"
+        self.augmentation, self.two_views = augmentation, two_views
         self.steps = steps or -(-max(len(self.images_s), len(self.images_t)) // batch_size)
 
-    def batch(self, images: Tensor, index: Tensor, draws: Tensor | None) -> Tensor:
-        """Gather, augment and preprocess. Shape: (N, C, S, S) uint8, (B,), (6, B) -> (B, 3, S, S)."""
-        x = images[index].float().div_(255)
-        return self.preprocess.normalise(x if draws is None else random_affine(x, draws))
+    def batch(self, images: Tensor, index: Tensor, draws: Draws) -> Tensor:
+        """Gather, augment and preprocess. Shape: (N, C, S, S) uint8, (B,), B of each draw -> (B, C, S, S)."""
+        return self.preprocess.normalise(augment(images[index].float().div_(255), draws))
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The batches of epoch `epoch` (from 0), from step `first_step` on."""
@@ -358,19 +350,19 @@ class PairedLoader:
         order_s = shuffled_passes(len(self.images_s), length, seed_of(self.seed, epoch, 0)).to(device)
         order_t = shuffled_passes(len(self.images_t), length, seed_of(self.seed, epoch, 1)).to(device)
         generator = torch.Generator(device).manual_seed(seed_of(self.seed, epoch, 2))
-        draws_s = draws_t = None
+        views = [self.augmentation, self.augmentation, *["weak"] * self.two_views]  # of the source, and of the target
+
         for step in range(self.steps):
-            if self.augments:  # for the whole batch, and for steps already done, so that they are the same each time
-                draws_s, draws_t = (affine_draws(self.batch_size, generator)[:, self.share] for _ in range(2))
+            # For the whole batch, and for steps already done, so that they are the same each time.
+            draws = [draw(view, self.batch_size, self.preprocess.image_size, generator) for view in views]
             if step < first_step:
                 continue
             part = slice(step * self.batch_size, (step + 1) * self.batch_size)
             index_s, index_t = order_s[part][self.share], order_t[part][self.share]
-            yield (
-                self.batch(self.images_s, index_s, draws_s),
-                self.labels_s[index_s],
-                self.batch(self.images_t, index_t, draws_t),
-            )
+            draws_s, *draws_t = ({name: values[self.share] for name, values in drawn.items()} for drawn in draws)
+            x_s = self.batch(self.images_s, index_s, draws_s)
+            x_t = [self.batch(self.images_t, index_t, drawn) for drawn in draws_t]
+            yield x_s, self.labels_s[index_s], torch.stack(x_t) if self.two_views else x_t[0]
 
 
 def limit(digits: DigitSet, count: int) -> DigitSet:

@@ -33,10 +33,10 @@ from data_loader import (
     PairedLoader,
     Preprocessing,
     limit,
-    mean_pixel,
+    preprocessing_for,
     seed_of,
 )
-from model import BATCH_NORMED, DANN, IMAGE_SIZES, domain_loss, predicted_target
+from model import CLASSES, DANN, NETWORKS, domain_loss, predicted_target
 from utils import distributed, machine
 from utils.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from utils.cli import Interrupted, UserError, run_script, script_parser
@@ -49,16 +49,21 @@ from utils.config import (
     to_dict,
 )
 from utils.files import make_folder, write_json
+from utils.mean_teacher import MeanTeacher
 from utils.optimisation import freeze, gradient_norms, limit_norms, make_optimizer
+from utils.records import epoch_record, images_per_step, label_free_signals, result_record
 from utils.run_log import RunLog, SilentLog, epoch_line, say
 from utils.schedules import adaptation_factor, learning_rate
-from valid import Evaluation, evaluate, load_side_by_side
+from valid import Evaluation, evaluate, load_side_by_side, predict
 
 LOG_EVERY_STEPS = 50
 DRY_RUN_IMAGES = 256
+SIGNAL_IMAGES = 2000
+COLLAPSED_SHARE = 0.01  # a class that fewer target images are read as has been lost
 ALONE = distributed.Processes()
+OUTCOMES = ("loss_label", "loss_domain", "domain_accuracy", "loss_teacher", "teacher_share")  # of a step
 CHECKPOINT_KEYS = {
-    *("about", "config", "model", "optimizer", "epoch", "step", "steps_per_epoch", "sums"),
+    *("about", "config", "model", "teacher", "optimizer", "epoch", "step", "steps_per_epoch", "sums"),
     *("seconds", "train_seconds", "command", "dry_run", "rng"),
 }
 
@@ -73,7 +78,7 @@ class Pair:
     target_test: DigitSet
     marks: dict[str, str]
     checksums: dict[str, str]
-    steps: int  # optimiser steps an epoch: one pass over the larger training set, the same for every method
+    steps: int  # optimiser steps an epoch: as asked for, or one pass over the larger set; the same for every method
 
 
 def load_pair(config: Config, data_dir: Path, download: bool, dry_run: bool) -> Pair:
@@ -100,7 +105,7 @@ def load_pair(config: Config, data_dir: Path, download: bool, dry_run: bool) -> 
         target_test=sets[config.target, "test"],
         marks=marks,
         checksums=checksums,
-        steps=-(-max(len(source), len(target)) // config.batch_size),
+        steps=config.epoch_steps or -(-max(len(source), len(target)) // config.batch_size),
     )
 
 
@@ -109,34 +114,66 @@ class Losses(nn.Module):
 
     Args:
         model: the network; its weights are trained.
-        config: `separate_domains` and `domain_loss` count here.
+        config: the settings of the losses count here.
     """
 
     def __init__(self, model: DANN, config: Config):
         super().__init__()
-        self.model, self.separate_domains, self.domain_loss = model, config.separate_domains, config.domain_loss
+        self.model, self.config = model, config
 
-    def forward(self, x_s: Tensor, y_s: Tensor, x_t: Tensor | None, lambda_p: float | Tensor) -> tuple[Tensor, ...]:
-        """Label loss, domain loss and domain accuracy in [0, 1]; without target images the last two are 0.
+    def forward(
+        self,
+        x_s: Tensor,
+        y_s: Tensor,
+        x_t: Tensor | None,
+        lambda_p: float | Tensor,
+        q_t: Tensor | None = None,
+        teaches: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """OUTCOMES: label loss, domain loss, domain accuracy, loss on the teacher's labels, share of those that count.
 
-        Shape: (B, 3, H, W), (B,), (B, 3, H, W), () -> (), (), ()
+        Without target images all but the first are 0; accuracy and share are in [0, 1].
+
+        Args:
+            q_t: the teacher's class probabilities of the target images; None: there is no teacher.
+            teaches: whether the teacher's labels count already.
+
+        Shape: (B, C, H, W), (B,), (B, C, H, W), (), (B, 10) -> five of ()
         """
-        model = self.model
+        model, config = self.model, self.config
         if x_t is None:
-            loss_label = F.cross_entropy(model(x_s), y_s)
-            return loss_label, torch.zeros_like(loss_label), torch.zeros_like(loss_label)
-        if self.separate_domains:
+            loss_label = F.cross_entropy(model(x_s), y_s, label_smoothing=config.label_smoothing)
+            return loss_label, *torch.zeros_like(loss_label).expand(4)
+        if config.separate_domains:
             f_s, f_t = model.extractor(x_s), model.extractor(x_t)
         else:
             f_s, f_t = model.extractor(torch.cat((x_s, x_t))).split(len(x_s))
-        loss_label = F.cross_entropy(model.classifier(f_s), y_s)
+        loss_label = F.cross_entropy(model.classifier(f_s), y_s, label_smoothing=config.label_smoothing)
+
+        # Self-training on the labels of which the teacher is sure (French et al. 2018; FixMatch, Sohn et al. 2020).
+        loss_teacher = share = torch.zeros_like(loss_label)
+        if q_t is not None:
+            confidence, label = q_t.max(1)
+            sure = (confidence > config.confidence).float()
+            share = sure.mean()
+            if teaches:
+                loss_teacher = (sure * F.cross_entropy(model.classifier(f_t), label, reduction="none")).mean()
+
         # λ_p scales the gradient that reaches the extractor; the discriminator learns with weight 1.
-        d_s, d_t = model.discriminator(torch.cat((f_s, f_t)), lambda_p).split(len(x_s))
+        classes = None
+        if config.adversary == "class-wise":  # the domain given the class (MADA, Pei et al. 2018)
+            classes = torch.cat((F.one_hot(y_s, CLASSES), q_t))
+        d_s, d_t = model.discriminator(torch.cat((f_s, f_t)), lambda_p, classes).split(len(x_s))
         loss_domain = domain_loss(d_s, 0) + domain_loss(d_t, 1)
-        if self.domain_loss == "mean":
+        if config.domain_loss == "mean":
             loss_domain = loss_domain / 2
         hits = torch.cat((~predicted_target(d_s), predicted_target(d_t)))
-        return loss_label, loss_domain, hits.float().mean()
+        return loss_label, loss_domain, hits.float().mean(), loss_teacher, share
+
+
+def always_adapts(config: Config) -> bool:
+    """Whether every step of the run has a domain loss."""
+    return config.method == "dann" and not config.warm_start_epochs
 
 
 class Trainer:
@@ -158,6 +195,7 @@ class Trainer:
         self.model = DANN(config.network, config.dropout).to(device, memory_format=torch.channels_last)
         if processes.count > 1:
             distributed.join_batch_norms(self.model)
+        self.teacher = MeanTeacher(self.model, config.teacher_decay) if config.teacher_decay else None
         self.losses = Losses(self.model, config)
         if processes.count > 1:
             # In a warm start and for the bounds the discriminator gets no gradient.
@@ -175,6 +213,7 @@ class Trainer:
             device,
             pair.steps,
             processes.share(config.batch_size),
+            two_views=config.method == "dann" and self.teacher is not None,
         )
         self.about = {
             "config": to_dict(config),
@@ -184,7 +223,7 @@ class Trainer:
         self.epochs = config.warm_start_epochs + config.epochs
         self.epoch = self.step = 0  # the next step to do: its epoch, and its number within the epoch
         self.train_seconds = self.seconds = 0.0
-        self.sums = torch.zeros(4, device=device)  # of this epoch: label loss, domain loss, domain hits, steps
+        self.sums = torch.zeros(len(OUTCOMES) + 1, device=device)  # of this epoch's steps: outcomes, and their number
         self.steps_done = 0  # by this process
         self.stop_requested = False
         self.command, self.dry_run = machine.command_line(), False
@@ -195,31 +234,53 @@ class Trainer:
         """Whether this epoch trains with gradient reversal: not in a warm start, nor for the bounds."""
         return self.config.method == "dann" and self.epoch >= self.config.warm_start_epochs
 
-    def train_step(self, x_s: Tensor, y_s: Tensor, x_t: Tensor, lambda_p: float, mu_p: float) -> Tensor:
-        """One optimiser step (paper, section 3, equations 4 to 6); returns label loss, domain loss, domain accuracy.
+    @property
+    def outcomes(self) -> tuple[str, ...]:
+        """Those of OUTCOMES that this epoch has."""
+        if not self.adapts:
+            return OUTCOMES[:1]
+        return OUTCOMES if self.teacher else tuple(name for name in OUTCOMES if "teacher" not in name)
+
+    @property
+    def tested_model(self) -> DANN:
+        """The network that is tested and kept: the teacher where there is one."""
+        return self.teacher.model if self.teacher else self.model
+
+    def train_step(
+        self, x_s: Tensor, y_s: Tensor, x_t: Tensor, lambda_p: float, mu_p: float, teaches: bool = False
+    ) -> Tensor:
+        """One optimiser step (paper, section 3, equations 4 to 6); returns OUTCOMES.
 
         Args:
             x_s, y_s, x_t: source images and labels, target images, as the paired loader gives them.
             lambda_p: λ_p ≥ 0, the weight of the reversed gradient.
             mu_p: learning rate μ_p.
+            teaches: whether the teacher's labels count.
 
-        Shape: (B, 3, H, W), (B,), (B, 3, H, W) -> (3,)
+        Shape: (B, C, H, W), (B,), (B, C, H, W) or, with a teacher, (2, B, C, H, W) -> (5,)
         """
         config, model, optimizer = self.config, self.model, self.optimizer
+        q_t = None
         with machine.autocast(self.device, self.precision):
+            if self.adapts and self.teacher:
+                x_t, weak_t = x_t
+                q_t = self.teacher.probabilities(weak_t)
             # A tensor, because a compiled step would take each number for a step of its own.
             factor = torch.tensor(lambda_p) if self.compiled else lambda_p
-            loss_label, loss_domain, domain_accuracy = self.losses(x_s, y_s, x_t if self.adapts else None, factor)
+            outcome = self.losses(x_s, y_s, x_t if self.adapts else None, factor, q_t, teaches)
+        loss_label, loss_domain, _, loss_teacher, _ = outcome
         for group in optimizer.param_groups:
             group["lr"] = mu_p
         optimizer.zero_grad(set_to_none=True)
-        (loss_label + loss_domain).backward()
+        (loss_label + loss_domain + config.teacher_weight * loss_teacher).backward()
         if self.adapts and config.clip_norm:  # the reversed loss has no bound, its gradient can explode
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         optimizer.step()
         if config.max_norm:
             limit_norms(model, config.max_norm)
-        return self.processes.mean_(torch.stack((loss_label, loss_domain, domain_accuracy)).detach())
+        if self.teacher:
+            self.teacher.follow(model)
+        return self.processes.mean_(torch.stack(outcome).detach())
 
     def train_epoch(self, log: RunLog) -> None:
         """All remaining steps of the current epoch."""
@@ -245,24 +306,24 @@ class Trainer:
             lambda_p = config.lambda_max * adaptation_factor(p_lambda, config.gamma) if self.adapts else 0.0
             mu_p = learning_rate(config, p, phase_step)
 
-            outcome = self.train_step(x_s, y_s, x_t, lambda_p, mu_p)
+            outcome = self.train_step(x_s, y_s, x_t, lambda_p, mu_p, self.adapts and p >= config.teacher_start)
             self.sums += torch.cat((outcome, outcome.new_ones(1)))
 
             step = self.epoch * steps + self.step
             # On the CPU there is nothing to wait for; elsewhere looking at the losses waits for the device.
             if step % LOG_EVERY_STEPS == 0 or self.device.type == "cpu":
-                loss_label, loss_domain, domain_accuracy = outcome.tolist()
-                self.check_loss(loss_label, loss_domain, f", lambda_p {lambda_p:.4g}, learning rate {mu_p:.4g}")
+                values = dict(zip(OUTCOMES, outcome.tolist(), strict=True))
+                self.check_loss(
+                    values["loss_label"], values["loss_domain"], f", lambda_p {lambda_p:.4g}, learning rate {mu_p:.4g}"
+                )
             if step % LOG_EVERY_STEPS == 0:
                 log.scalars(step, {"schedule/p": p, "schedule/lambda_p": lambda_p, "schedule/learning_rate": mu_p})
-                log.scalars(step, {"train/loss_label": loss_label})
-                if self.adapts:
-                    log.scalars(step, {"train/loss_domain": loss_domain, "train/domain_accuracy": domain_accuracy})
+                log.scalars(step, {f"train/{name}": values[name] for name in self.outcomes})
                 norms = gradient_norms(self.model)
                 log.scalars(step, {f"gradient_norm/{name}": norm for name, norm in norms.items()})
             if step == 0:
                 log.images("images/source", 0, x_s[:64])
-                log.images("images/target", 0, x_t[:64])
+                log.images("images/target", 0, (x_t[0] if self.loader.two_views else x_t)[:64])
             if not self.steps_done:
                 say(f"first step {machine.seconds_since_start():.1f} s after the start")
             self.steps_done += 1
@@ -298,6 +359,7 @@ class Trainer:
             "about": self.about,
             "config": to_dict(self.config),
             "model": self.model.state_dict(),
+            "teacher": self.teacher and self.teacher.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
@@ -321,6 +383,8 @@ class Trainer:
         if state["steps_per_epoch"] != self.loader.steps or state["about"] != self.about:
             raise UserError(f"{self.folder} was trained on other data: resume with the same --data-dir")
         self.model.load_state_dict(state["model"])
+        if self.teacher:
+            self.teacher.load_state_dict(state["teacher"])
         self.epoch, self.step = state["epoch"], state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.sums = state["sums"].to(self.device)
@@ -370,21 +434,31 @@ def train(trainer: Trainer, preprocess: Preprocessing, log: RunLog) -> tuple[Eva
                 f"interrupted at epoch {trainer.epoch + 1}, step {trainer.step}: go on with `{trainer.resume_command}`"
             )
         images = images_per_step(trainer.config, trainer.adapts) * (trainer.step - steps_before)
-        outcome = (trainer.sums[:3] / trainer.sums[3]).tolist()  # waits for the device, once an epoch
-        trainer.check_loss(*outcome[:2])
-        adapts = trainer.adapts
+        means = (trainer.sums[:-1] / trainer.sums[-1]).tolist()  # waits for the device, once an epoch
+        outcome = dict(zip(OUTCOMES, means, strict=True))
+        trainer.check_loss(outcome["loss_label"], outcome["loss_domain"])
+        outcome = {name: outcome[name] if name in trainer.outcomes else None for name in OUTCOMES}
         trainer.epoch, trainer.step = trainer.epoch + 1, 0
 
         tested = test(trainer, preprocess)
         trainer.seconds = before + time.perf_counter() - started
         if trainer.processes.writes:
-            record = epoch_record(trainer, outcome if adapts else [outcome[0], None, None], tested)
+            signals = target_signals(trainer, preprocess)
+            record = epoch_record(trainer, outcome, tested) | signals
             record["images_per_second"] = images / train_seconds
             log.epoch(record)
             step = trainer.epoch * trainer.loader.steps - 1  # the last one done: a resumed run keeps it
             log.scalars(step, {f"test/{name}_accuracy": record[f"{name}_accuracy"] for name in ("source", "target")})
             log.scalars(step, {"train/images_per_second": record["images_per_second"]})
+            log.scalars(step, {f"target/{name}": value for name, value in signals.items()})
             say(epoch_line(record, trainer.epochs, time.perf_counter() - epoch_started))
+            if record["loss_domain"] is not None and signals["smallest_class_share"] < COLLAPSED_SHARE:
+                warning = (
+                    f"collapse at epoch {trainer.epoch}: one class is read in "
+                    f"{signals['smallest_class_share']:.1%} of the target's training images"
+                )
+                say(f"warning: {warning}; should it stay, try a smaller --lambda-max")
+                log.text(f"collapse/epoch_{trainer.epoch}", warning)
         trainer.save()
     return test(trainer, preprocess) if tested is None else tested  # None: resumed after its last epoch
 
@@ -394,75 +468,17 @@ def test(trainer: Trainer, preprocess: Preprocessing) -> tuple[Evaluation, Evalu
     sets = (trainer.pair.source_test, trainer.pair.target_test)
     tested = ()
     if trainer.processes.writes:
-        tested = tuple(evaluate(trainer.model, part, preprocess, trainer.device, trainer.precision) for part in sets)
+        model, device, precision = trainer.tested_model, trainer.device, trainer.precision
+        tested = tuple(evaluate(model, part, preprocess, device, precision) for part in sets)
     trainer.processes.wait()
     return tested
 
 
-def epoch_record(trainer: Trainer, outcome: list, tested: tuple[Evaluation, Evaluation]) -> dict:
-    """The epoch that has just ended: a line of metrics.jsonl."""
-    config = trainer.config
-    loss_label, loss_domain, domain_accuracy = outcome
-    source, target = tested
-    p = max(0, trainer.epoch - config.warm_start_epochs) / config.epochs
-    return {
-        "epoch": trainer.epoch,
-        "p": p,
-        "lambda_p": 0.0 if loss_domain is None else config.lambda_max * adaptation_factor(p, config.gamma),
-        "learning_rate": trainer.optimizer.param_groups[0]["lr"],
-        "loss_label": loss_label,
-        "loss_domain": loss_domain,
-        "domain_accuracy": domain_accuracy,
-        "source_accuracy": source.accuracy,
-        "target_accuracy": target.accuracy,
-        "seconds": trainer.seconds,
-    }
-
-
-def always_adapts(config: Config) -> bool:
-    """Whether every step of the run has a domain loss."""
-    return config.method == "dann" and not config.warm_start_epochs
-
-
-def images_per_step(config: Config, adapts: bool) -> int:
-    """How many images pass through the network in a step."""
-    return config.batch_size * (2 if adapts else 1)
-
-
-def result_record(trainer: Trainer, source: Evaluation, target: Evaluation) -> dict:
-    """The run in one record: what result.json holds."""
-    config = trainer.config
-    steps = trainer.epochs * trainer.loader.steps
-    adapted = config.epochs * trainer.loader.steps if config.method == "dann" else 0
-    images = adapted * images_per_step(config, True) + (steps - adapted) * images_per_step(config, False)
-    return {
-        "kind": "training",
-        **{key: getattr(config, key) for key in ("source", "target", "method", "recipe", "seed")},
-        "epochs": trainer.epochs,
-        "source_accuracy": source.accuracy,
-        "target_accuracy": target.accuracy,
-        "source_correct": source.correct,
-        "source_total": source.total,
-        "target_correct": target.correct,
-        "target_total": target.total,
-        "seconds": round(trainer.seconds, 2),
-        "images_per_second": round(images / trainer.train_seconds, 1),
-        "device": trainer.device.type,
-        "machine": machine.describe(trainer.device),
-        "precision": trainer.precision,
-        "compile": trainer.compiled,
-        "threads": torch.get_num_threads(),
-        "processes": trainer.processes.count,
-        **trainer.pair.marks,
-        "dry_run": trainer.dry_run,
-        "steps": steps,
-        "parameters": sum(w.numel() for w in trainer.model.parameters()),
-        "command": trainer.command,
-        "commit": machine.commit(),
-        "versions": machine.versions(),
-        "data": trainer.pair.checksums,
-        "config": to_dict(config),
-    }
+def target_signals(trainer: Trainer, preprocess: Preprocessing) -> dict[str, float]:
+    """How adaptation fares, by unlabelled target training images, SIGNAL_IMAGES spread over the set."""
+    images = trainer.pair.target_images
+    images = images[:: max(1, len(images) // SIGNAL_IMAGES)]
+    return label_free_signals(predict(trainer.tested_model, images, preprocess, trainer.device, trainer.precision))
 
 
 def parse_arguments() -> tuple[argparse.Namespace, dict]:
@@ -519,7 +535,8 @@ def configure(
         defaults = recipe_config(settings.get("recipe", "dann"), settings.get("source"), settings.get("target"))
         config = config_from_arguments(settings, defaults)
         if args.dry_run:
-            config = dataclasses.replace(config, epochs=2, warm_start_epochs=min(1, config.warm_start_epochs))
+            short = {"warm_start_epochs": min(1, config.warm_start_epochs), "epoch_steps": min(2, config.epoch_steps)}
+            config = dataclasses.replace(config, epochs=2, **short)
         config = dataclasses.replace(config, precision=machine.choose_precision(config.precision, device))
         state = None
     else:
@@ -541,13 +558,20 @@ def configure(
         layers = len(DANN(config.network).extractor.convolutions())
     if any(number > layers for number in config.frozen_convolutions):
         raise UserError(f"--frozen-convolutions: the network {config.network} has {layers} convolutions")
-    if config.network in BATCH_NORMED and config.batch_size < 2:
+    network = NETWORKS[config.network]
+    if network.batch_normed and config.batch_size < 2:
         raise UserError(f"--batch-size must be at least 2 for the batch statistics of the network {config.network}")
     if config.batch_size % processes.count:
         raise UserError(f"--batch-size {config.batch_size} can't be split between {processes.count} processes")
-    if config.image_size != IMAGE_SIZES[config.network]:
+    if not config.teacher_decay and (config.teacher_weight or config.adversary == "class-wise"):
+        needs = "--teacher-weight" if config.teacher_weight else "--adversary class-wise"
+        raise UserError(f"{needs} needs a teacher: give a --teacher-decay above 0, e.g. 0.99")
+    if config.adversary == "class-wise" and not network.class_wise:
+        able = ", ".join(name for name, row in NETWORKS.items() if row.class_wise)
+        raise UserError(f"--adversary class-wise needs a discriminator with a logit for each class: --network {able}")
+    if config.image_size != network.image_size:
         raise UserError(
-            f"the network {config.network} takes --image-size {IMAGE_SIZES[config.network]}, not {config.image_size}"
+            f"the network {config.network} takes --image-size {network.image_size}, not {config.image_size}"
         )
     return config, state
 
@@ -583,7 +607,7 @@ def print_header(trainer: Trainer) -> None:
 
 def finish(trainer: Trainer, source: Evaluation, target: Evaluation) -> None:
     """Write weights and result, print the table and last the JSON line."""
-    save_weights(trainer.folder / "model.safetensors", trainer.model.state_dict(), trainer.about)
+    save_weights(trainer.folder / "model.safetensors", trainer.tested_model.state_dict(), trainer.about)
     result = result_record(trainer, source, target)
     write_json(trainer.folder / "result.json", result)
     marks = trainer.pair.marks
@@ -606,10 +630,7 @@ def main() -> None:
         folder = run_folder(args, config)
         dry_run = state["dry_run"] if state else args.dry_run
         pair = processes.first_alone(lambda: load_pair(config, args.data_dir, args.download, dry_run))
-        mean = (0.0, 0.0, 0.0)
-        if config.normalisation == "mean":
-            mean = mean_pixel((pair.labelled.images, pair.target_images))
-        preprocess = Preprocessing(config.image_size, config.normalisation, mean)
+        preprocess = preprocessing_for(config, (pair.labelled.images, pair.target_images))
         make_folder(folder)
         trainer = Trainer(config, pair, preprocess, device, folder, processes, args.compile)
         trainer.dry_run = dry_run

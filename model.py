@@ -5,6 +5,7 @@ Source: Ganin & Lempitsky, "Unsupervised Domain Adaptation by Backpropagation" (
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -72,6 +73,13 @@ def _conv_pool(in_channels: int, out_channels: int, size: int, pool: nn.MaxPool2
 def _conv_norm_pool(in_channels: int, out_channels: int) -> list[nn.Module]:
     convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
     return [convolution, nn.BatchNorm2d(out_channels), nn.MaxPool2d(2), nn.ReLU(inplace=True)]
+
+
+def _conv_pool_norm(in_channels: int, out_channels: int, pool: bool) -> list[nn.Module]:
+    """3×3 convolution, max pooling by 2 where asked for, and batch norm of the fourth of the values that are left."""
+    pooling = [nn.MaxPool2d(2)] if pool else []
+    convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+    return [convolution, *pooling, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
 
 
 def _mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
@@ -147,23 +155,49 @@ def _quick(part: str, dropout: float) -> nn.Sequential:
     return nn.Sequential(*blocks, Dropout(dropout), *features)
 
 
-NETWORKS: dict[str, Callable[[str, float], nn.Sequential]] = {
-    "system-a": _system_a,
-    "system-b": _system_b,
-    "paper-svhn": _paper_svhn,
-    "paper-mnist": _paper_mnist,
-    "quick": _quick,
+def _modern(part: str, dropout: float) -> nn.Sequential:
+    """Grey 32×32. Our own: five batch-normed 3×3 convolutions, 32 → 16 → 8 → 4, 128 features; class-wise domains."""
+    if part == "classifier":
+        return _mlp(128, CLASSES)
+    if part == "discriminator":
+        return _mlp(128, 128, CLASSES)
+    layers: list[nn.Module] = []
+    for inputs, outputs, pool in ((1, 32, True), (32, 64, False), (64, 64, True), (64, 128, False), (128, 128, True)):
+        layers += _conv_pool_norm(inputs, outputs, pool)
+    layers += [nn.Flatten(), Dropout(dropout)]
+    return nn.Sequential(*layers, nn.Linear(128 * 4 * 4, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU(inplace=True))
+
+
+@dataclass(frozen=True)
+class Network:
+    """One row of the table of architectures.
+
+    `layers(part, dropout)` builds the "extractor", the "classifier" or the "discriminator".
+    """
+
+    layers: Callable[[str, float], nn.Sequential]
+    image_size: int  # height and width of its input, pixels
+    channels: int = 3  # 3: colour; 1: grey, which colour images are turned into
+    batch_normed: bool = False
+    class_wise: bool = False  # whether its discriminator has a logit for each class
+
+
+NETWORKS: dict[str, Network] = {
+    "system-a": Network(_system_a, 28),
+    "system-b": Network(_system_b, 32),
+    "paper-svhn": Network(_paper_svhn, 32),
+    "paper-mnist": Network(_paper_mnist, 32),
+    "quick": Network(_quick, 32, batch_normed=True),
+    "modern": Network(_modern, 32, channels=1, batch_normed=True, class_wise=True),
 }
-BATCH_NORMED = ("quick",)
-IMAGE_SIZES = {"system-a": 28, "system-b": 32, "paper-svhn": 32, "paper-mnist": 32, "quick": 32}
 
 
 class FeatureExtractor(nn.Module):
-    """G_f: images to features. Shape: (N, 3, H, W) -> (N, F), H = W = IMAGE_SIZES[network], features ≥ 0."""
+    """G_f: images to features, which are ≥ 0. Shape: (N, C, S, S) -> (N, F), C and S as NETWORKS says."""
 
     def __init__(self, network: str = "system-a", dropout: float = 0.5):
         super().__init__()
-        self.layers = NETWORKS[network]("extractor", dropout)
+        self.layers = NETWORKS[network].layers("extractor", dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
@@ -178,7 +212,7 @@ class LabelClassifier(nn.Module):
 
     def __init__(self, network: str = "system-a", dropout: float = 0.5):
         super().__init__()
-        self.layers = NETWORKS[network]("classifier", dropout)
+        self.layers = NETWORKS[network].layers("classifier", dropout)
 
     def forward(self, f: Tensor) -> Tensor:
         return self.layers(f)
@@ -187,15 +221,21 @@ class LabelClassifier(nn.Module):
 class DomainDiscriminator(nn.Module):
     """G_d behind the gradient reversal: features to the logits of the domain, 0 = source, 1 = target.
 
-    Shape: (N, F) -> (N, 2), or (N, 1) with the target's logit alone in the paper's own networks and `quick`.
+    A class-wise network (`modern`) has a logit of the target for each class (MADA, Pei et al., AAAI 2018); of an image
+    counts their mean under `classes`, its class probabilities, or without them under all classes alike.
+
+    Shape: (N, F), classes (N, 10) -> (N, 2), or (N, 1) with the target's logit alone in all networks but the systems'.
     """
 
     def __init__(self, network: str = "system-a", dropout: float = 0.5):
         super().__init__()
-        self.layers = NETWORKS[network]("discriminator", dropout)
+        self.layers = NETWORKS[network].layers("discriminator", dropout)
 
-    def forward(self, f: Tensor, lambda_p: float | Tensor) -> Tensor:
-        return self.layers(reverse_gradient(f, lambda_p))
+    def forward(self, f: Tensor, lambda_p: float | Tensor, classes: Tensor | None = None) -> Tensor:
+        logits = self.layers(reverse_gradient(f, lambda_p))
+        if logits.shape[1] <= 2:
+            return logits
+        return logits.mean(1, keepdim=True) if classes is None else (logits * classes).sum(1, keepdim=True)
 
 
 class DANN(nn.Module):
@@ -207,7 +247,7 @@ class DANN(nn.Module):
         network: a key of NETWORKS.
         dropout: probability in [0, 1).
 
-    Shape: (N, 3, H, W) -> (N, 10), preprocessed images to logits
+    Shape: (N, C, S, S) -> (N, 10), preprocessed images to logits; C and S as NETWORKS says
     """
 
     def __init__(self, network: str = "system-a", dropout: float = 0.5):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from data_loader import DigitSet, load_domain
+from model import DANN, NETWORKS
 from tools import benchmark, report_speed
 from tools.usual_way import Digits, UsualWay, transform_of
 from utils import machine
@@ -37,8 +38,8 @@ def by_hand(layers: nn.Sequential, x: torch.Tensor) -> tuple[int, torch.Tensor]:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_operations_are_those_of_the_layers(recipe):
     config = recipe_config(recipe)
-    model = benchmark.DANN(config.network).eval()
-    image = torch.zeros(1, 3, config.image_size, config.image_size)
+    model = DANN(config.network).eval()
+    image = torch.zeros(1, NETWORKS[config.network].channels, config.image_size, config.image_size)
     with torch.no_grad():
         extractor, features = by_hand(model.extractor.layers, image)
         expected = {"extractor": extractor}
@@ -55,6 +56,17 @@ def test_operations_of_system_a_by_the_numbers_of_its_description():
     assert parts["discriminator"] == 2 * (6272 * 1024 + 1024 * 1024 + 1024 * 2)
     step = benchmark.operations_of_step(recipe_config("dann"))
     assert step == 3 * 128 * (2 * parts["extractor"] + parts["classifier"] + 2 * parts["discriminator"])
+    assert benchmark.operations_of_step(recipe_config("dann"), False) == 3 * 128 * (
+        parts["extractor"] + parts["classifier"]
+    )
+
+
+def test_operations_of_a_step_with_a_teacher():
+    """Forward and backward of both domains, the classifier for both, and the teacher's pass of the target."""
+    config = recipe_config("modern")
+    extractor, classifier, discriminator = benchmark.operations(config).values()
+    student = 2 * (extractor + classifier + discriminator)
+    assert benchmark.operations_of_step(config) == config.batch_size * (3 * student + extractor + classifier)
 
 
 def test_rates_are_amounts_by_seconds_and_jobs_take_turns():
@@ -90,7 +102,7 @@ def digits(shape: tuple[int, ...]) -> DigitSet:
 def test_usual_way_sees_the_images_of_the_recipe(recipe):
     """Without augmentation its transforms give what our preprocessing gives, to the rounding of PIL's resizing."""
     config = recipe_config(recipe)
-    preprocess = benchmark.Preprocessing(config.image_size, config.normalisation)
+    preprocess = benchmark.preprocessing_for(config)
     for source in (digits((3, 32, 32)), digits((1, 28, 28))):
         x, label = Digits(source, transform_of(config, training=False))[7]
         ours = preprocess(source.images[7:8])[0]

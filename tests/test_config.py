@@ -94,8 +94,10 @@ OTHER = {
     "epochs": ("7", 7),
     "warm_start_epochs": ("2", 2),
     "frozen_convolutions": ("1 2", (1, 2)),
+    "epoch_steps": ("12", 12),
     "batch_size": ("33", 33),
     "augmentation": ("affine", "affine"),
+    "label_smoothing": ("0.05", 0.05),
     "optimizer": ("adamw", "adamw"),
     "lr": ("3e-4", 0.0003),
     "momentum": ("0.5", 0.5),
@@ -109,6 +111,12 @@ OTHER = {
     "lambda_update": ("epoch", "epoch"),
     "clip_norm": ("0.75", 0.75),
     "domain_loss": ("mean", "mean"),
+    "adversary": ("class-wise", "class-wise"),
+    "teacher_decay": ("0.75", 0.75),
+    "teacher_weight": ("0.5", 0.5),
+    "teacher_start": ("0.35", 0.35),
+    "confidence": ("0.7", 0.7),
+    "diversity_weight": ("0.01", 0.01),
     "precision": ("bf16", "bf16"),
 }
 
@@ -244,6 +252,37 @@ def test_settings_survive_json(name):
     assert restored == config
     assert restored.frozen_convolutions == (1, 3)
     assert all(type(getattr(restored, name)) is type(getattr(config, name)) for name in FIELDS)
+
+
+def test_settings_of_a_run_that_lacks_later_ones_do_without_them():
+    values = to_dict(recipe_config("quick"))
+    added = [item.name for item in dataclasses.fields(Config) if item.metadata.get("added")]
+    for name in added:
+        del values[name]
+    restored = from_dict(values)
+    assert restored == recipe_config("quick")
+    off = ("epoch_steps", "label_smoothing", "teacher_decay", "teacher_weight")
+    assert set(off) < set(added)
+    assert not any(getattr(restored, name) for name in off)
+    assert restored.adversary == "marginal"
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("--recipe quick --teacher-weight 1", "--teacher-weight needs a teacher"),
+        ("--recipe modern --teacher-decay 0 --teacher-weight 0", "--adversary class-wise needs a teacher"),
+        ("--recipe quick --teacher-decay 0.9 --adversary class-wise", "--network modern"),
+        ("--recipe modern --teacher-decay 1", "--teacher-decay must be at least 0 and below 1"),
+        ("--recipe modern --confidence -0.1", "--confidence must be at least 0 and below 1"),
+        ("--recipe modern --epoch-steps -1", "--epoch-steps must not be negative"),
+        ("--recipe modern --batch-size 1", "--batch-size must be at least 2"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(monkeypatch, words, reason):
+    with pytest.raises(UserError, match=re.escape(reason)) as caught:
+        configure(monkeypatch, *words.split())
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("damage", ["missing", "unknown", "list", "none"])

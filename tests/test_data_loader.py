@@ -15,13 +15,12 @@ from data_loader import (
     DigitSet,
     PairedLoader,
     Preprocessing,
-    affine_draws,
     limit,
     mean_pixel,
-    random_affine,
     seed_of,
     shuffled_passes,
 )
+from utils.augmentation import affine_draws, random_affine
 from utils.config import recipe_config
 
 # ---- pairing
@@ -339,6 +338,24 @@ def test_preprocessing_leaves_its_input_alone():
     for normalisation in ("unit", "mean", "per-image"):
         Preprocessing(8, normalisation, (0.1, 0.2, 0.3))(images)
     assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_a_grey_network_gets_the_mean_of_the_colours(size):
+    """Averaged before resizing, and rounded once; grey images of the right size come back as they are."""
+    colour = torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
+    preprocess = Preprocessing(size, grey=True)
+    mean = colour.numpy().astype(np.float64).mean(1)
+    resized = preprocess.resize(colour)
+    assert resized.shape == (3, 1, size, size)
+    if size == 32:
+        assert np.array_equal(resized[:, 0].numpy(), np.rint(mean.astype(np.float32)))
+    else:
+        expected = np.stack([np.asarray(Image.fromarray(m.astype(np.float32)).resize((16, 16), 2)) for m in mean])
+        assert np.abs(resized[:, 0].numpy() - expected).max() <= 0.51
+    assert preprocess.resize(resized) is resized
+    assert preprocess(colour).shape == (3, 1, size, size)
+    torch.testing.assert_close(preprocess(colour), resized.float() / 255)
 
 
 def test_mean_pixel_against_numpy():

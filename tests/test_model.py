@@ -9,7 +9,6 @@ from torch import nn
 
 from model import (
     DANN,
-    IMAGE_SIZES,
     NETWORKS,
     DomainDiscriminator,
     Dropout,
@@ -43,6 +42,14 @@ PARAMETERS = {
     + (1024 * 128 + 2 * 128),
     ("quick", "classifier"): 128 * 10 + 10,
     ("quick", "discriminator"): (128 * 128 + 128) + (128 * 1 + 1),
+    ("modern", "extractor"): (1 * 32 * 9 + 2 * 32)
+    + (32 * 64 * 9 + 2 * 64)
+    + (64 * 64 * 9 + 2 * 64)
+    + (64 * 128 * 9 + 2 * 128)
+    + (128 * 128 * 9 + 2 * 128)
+    + (2048 * 128 + 2 * 128),
+    ("modern", "classifier"): 128 * 10 + 10,
+    ("modern", "discriminator"): (128 * 128 + 128) + (128 * 10 + 10),
 }
 FEATURES = {
     "system-a": 128 * 7 * 7,
@@ -50,6 +57,7 @@ FEATURES = {
     "paper-svhn": 128 * 8 * 8,
     "paper-mnist": 48 * 8 * 8,
     "quick": 128,
+    "modern": 128,
 }
 # Probabilities of the dropout layers of (extractor, classifier, discriminator) when --dropout is 0.5.
 DROPOUTS = {
@@ -58,12 +66,13 @@ DROPOUTS = {
     "paper-svhn": ([], [0.5, 0.5], [0.5, 0.5]),
     "paper-mnist": ([], [0.5, 0.5], [0.5]),
     "quick": ([0.5], [], []),
+    "modern": ([0.5], [], []),
 }
 
 
 def images_for(network: str, count: int, dtype=torch.float32) -> torch.Tensor:
-    size = IMAGE_SIZES[network]
-    return torch.rand(count, 3, size, size, dtype=dtype)
+    row = NETWORKS[network]
+    return torch.rand(count, row.channels, row.image_size, row.image_size, dtype=dtype)
 
 
 # ---- the reversal layer
@@ -244,10 +253,16 @@ def features_by_hand(network: str, x: torch.Tensor, w: list[torch.Tensor]) -> to
             x = F.max_pool2d(F.conv2d(x, w[i], w[i + 1], padding=2).clamp_min(0), 2)
         return x.flatten(1)
     scale = (1 + 1e-5) ** -0.5  # fresh batch statistics: mean 0, variance 1
-    for i in (0, 3, 6):
-        x = F.conv2d(x, w[i], padding=1) * scale * w[i + 1].view(1, -1, 1, 1) + w[i + 2].view(1, -1, 1, 1)
-        x = F.max_pool2d(x.clamp_min(0), 2)
-    return (x.flatten(1) @ w[9].T * scale * w[10] + w[11]).clamp_min(0)
+    pooled = (0, 3, 6) if network == "quick" else (0, 6, 12)
+    *convolutional, last = range(0, len(w), 3)
+    for i in convolutional:
+        x = F.conv2d(x, w[i], padding=1)
+        if network == "modern" and i in pooled:  # pools before it normalises
+            x = F.max_pool2d(x, 2)
+        x = (x * scale * w[i + 1].view(1, -1, 1, 1) + w[i + 2].view(1, -1, 1, 1)).clamp_min(0)
+        if network == "quick":
+            x = F.max_pool2d(x, 2)
+    return (x.flatten(1) @ w[last].T * scale * w[last + 1] + w[last + 2]).clamp_min(0)
 
 
 def mlp_by_hand(f: torch.Tensor, w: list[torch.Tensor]) -> torch.Tensor:
@@ -270,7 +285,9 @@ def test_forward_pass_is_that_of_the_layer_lists(network):
     assert f.shape == (2, FEATURES[network])
     torch.testing.assert_close(model.extractor(x), f, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model(x), mlp_by_hand(f, w_y), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(model.discriminator(f, 0.3), mlp_by_hand(f, w_d), rtol=1e-4, atol=1e-4)
+    logits = mlp_by_hand(f, w_d)
+    expected = logits.mean(1, keepdim=True) if NETWORKS[network].class_wise else logits
+    torch.testing.assert_close(model.discriminator(f, 0.3), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_acts_in_training_alone():

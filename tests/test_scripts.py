@@ -192,6 +192,7 @@ def test_curves_in_tensorboard(events):
     expected |= {"train/loss_label", "train/loss_domain", "train/domain_accuracy", "train/images_per_second"}
     expected |= {"test/source_accuracy", "test/target_accuracy"}
     expected |= {f"gradient_norm/{part}" for part in ("extractor", "classifier", "discriminator")}
+    expected |= {f"target/{signal}" for signal in ("entropy", "diversity", "smallest_class_share")}
     assert set(events.Tags()["scalars"]) == expected
     for tag in expected:
         assert all(math.isfinite(event.value) for event in events.Scalars(tag)), tag
@@ -265,6 +266,7 @@ def test_dry_run_of_each_recipe(monkeypatch, capsys, few_synth, tiny_data, tmp_p
     assert result["epochs"] == (3 if config.warm_start_epochs else 2)
     saved = json.loads((tmp_path / "config.json").read_text())
     changed = {"epochs": 2, "warm_start_epochs": min(1, config.warm_start_epochs), "precision": result["precision"]}
+    changed["epoch_steps"] = min(2, config.epoch_steps)
     assert saved == to_dict(config) | changed
     for big in ("last.pt", "model.safetensors"):
         (tmp_path / big).unlink()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._dynamo import lookup_backend
 
-from data_loader import DigitSet, Preprocessing
+from data_loader import DigitSet, preprocessing_for
 from main import Pair, Trainer
 from utils.cli import UserError
 from utils.config import Config, recipe_config
@@ -46,9 +46,7 @@ def make_trainer(
     source = random_digits("svhn", count, config.image_size, 1)
     target = random_digits("mnist", count, config.image_size, target_seed)
     pair = Pair(source, target.images, source, target, {}, {}, steps)
-    trainer = Trainer(
-        config, pair, Preprocessing(config.image_size, config.normalisation), CPU, folder, compiled=compiled
-    )
+    trainer = Trainer(config, pair, preprocessing_for(config), CPU, folder, compiled=compiled)
     if double:
         trainer.model.double()
     trainer.model.train()
@@ -168,12 +166,13 @@ def test_steps_are_those_written_out(case, tmp_path):
     by_hand, wrong_sign = ByHand(trainer.model, config), ByHand(trainer.model, config)
     for i, (lambda_p, mu_p) in enumerate(STEPS):
         batch = random_batch(config, i, torch.float64)
-        loss_label, loss_domain, accuracy = trainer.train_step(*batch, lambda_p, mu_p).tolist()
+        loss_label, loss_domain, accuracy, *teaching = trainer.train_step(*batch, lambda_p, mu_p).tolist()
         expected = by_hand.step(*batch, lambda_p, mu_p)
         wrong_sign.step(*batch, -lambda_p, mu_p)
         assert loss_label == pytest.approx(expected[0].item(), rel=1e-5)
         assert loss_domain == pytest.approx(expected[1].item(), rel=1e-5)
         assert accuracy == pytest.approx(expected[2])
+        assert teaching == [0, 0]
     if config.clip_norm:  # the bound binds in some steps and not in others
         assert min(by_hand.norms) < config.clip_norm < max(by_hand.norms)
     actual = changes(trainer.model, before)
@@ -190,7 +189,7 @@ def test_the_real_system_a(tmp_path):
     batch = random_batch(config, 0, torch.float32)
     losses = trainer.train_step(*batch, 0.5, 1.0).tolist()  # a large rate, so that fp32 weights keep what was added
     expected = by_hand.step(*batch, 0.5, 1.0)
-    assert losses == pytest.approx([expected[0].item(), expected[1].item(), expected[2]], rel=1e-5)
+    assert losses == pytest.approx([expected[0].item(), expected[1].item(), expected[2], 0, 0], rel=1e-5)
     assert_same_changes(changes(trainer.model, before), changes(by_hand.model, before), 1e-3)
 
 
@@ -226,7 +225,7 @@ def test_the_bounds_take_label_gradients_alone(method, tmp_path):
     for i in range(2):
         batch = random_batch(config, i, torch.float64)
         outcome = trainer.train_step(*batch, 0.7, 0.01)
-        assert outcome[1:].tolist() == [0.0, 0.0]
+        assert outcome[1:].tolist() == [0.0] * 4
         by_hand.step(*batch, 0.7, 0.01)
     assert_same_changes(changes(trainer.model, before), changes(by_hand.model, before), 1e-4)
     for weight in trainer.model.discriminator.parameters():
@@ -335,9 +334,9 @@ def test_the_loop_follows_the_schedules(case, tmp_path, monkeypatch):
     trainer = make_trainer(dataclasses.replace(config, epochs=2), tmp_path)
     seen = []
 
-    def step(x_s, y_s, x_t, lambda_p, mu_p):
+    def step(x_s, y_s, x_t, lambda_p, mu_p, teaches):
         seen.append((lambda_p, mu_p))
-        return torch.tensor([0.5, 1.25, 0.75]) * len(seen)
+        return torch.tensor([0.5, 1.25, 0.75, 0, 0]) * len(seen)
 
     monkeypatch.setattr(trainer, "train_step", step)
     log = SilentLog()
@@ -345,7 +344,7 @@ def test_the_loop_follows_the_schedules(case, tmp_path, monkeypatch):
         trainer.epoch, trainer.step = epoch, 0
         trainer.train_epoch(log)
         done = 3 * epoch + 1 + 3 * epoch + 2 + 3 * epoch + 3  # the sum of this epoch's three numbers
-        assert trainer.sums.tolist() == pytest.approx([0.5 * done, 1.25 * done, 0.75 * done, 3])
+        assert trainer.sums.tolist() == pytest.approx([0.5 * done, 1.25 * done, 0.75 * done, 0, 0, 3])
     assert [lambda_p for lambda_p, _ in seen] == pytest.approx(lambdas, abs=1e-12)
     assert [mu_p for _, mu_p in seen] == pytest.approx(rates, rel=1e-12)
     assert log.values["train/loss_label"] == [(0, 0.5)]

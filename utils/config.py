@@ -13,8 +13,9 @@ from utils.cli import UserError
 METHODS = ("dann", "source-only", "target-only")
 
 
-def _setting(default, group: str, help: str, **choices):
-    return field(default=default, metadata={"group": group, "help": help, **choices})
+def _setting(default, group: str, help: str, **more):
+    """A field; `more` may hold its `choices`, and `added=True` where older runs lack it."""
+    return field(default=default, metadata={"group": group, "help": help, **more})
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Config:
 
     network: str = _setting(
         "system-a", "network", "architecture",
-        choices=("system-a", "system-b", "paper-svhn", "paper-mnist", "quick"),
+        choices=("system-a", "system-b", "paper-svhn", "paper-mnist", "quick", "modern"),
     )  # fmt: skip
     image_size: int = _setting(28, "network", "images are resized to this height and width, pixels")
     normalisation: str = _setting(
@@ -52,11 +53,15 @@ class Config:
     frozen_convolutions: tuple[int, ...] = _setting(
         (), "schedule", "convolutions (from 1) that stay as the warm start left them"
     )
+    epoch_steps: int = _setting(0, "schedule", "steps of an epoch; 0: one pass over the larger set", added=True)
     batch_size: int = _setting(128, "schedule", "images of each domain in a step")
     separate_domains: bool = _setting(False, "schedule", "forward each domain by itself (own batch statistics)")
     augmentation: str = _setting(
-        "none", "schedule", "random change of the training images of both domains", choices=("none", "affine")
-    )
+        "none", "schedule",
+        "random change of both domains' training images; strong: affine, blur, inversion, background, noise, cutout",
+        choices=("none", "affine", "strong"),
+    )  # fmt: skip
+    label_smoothing: float = _setting(0.0, "schedule", "share of a source label spread over all classes", added=True)
 
     optimizer: str = _setting("sgd", "optimiser", "update rule", choices=("sgd", "adamw"))
     lr: float = _setting(0.01, "optimiser", "learning rate μ_0")
@@ -81,6 +86,22 @@ class Config:
         "sum", "gradient reversal", "the domains' mean losses are summed (chance: 2·ln 2) or averaged (chance: ln 2)",
         choices=("sum", "mean"),
     )  # fmt: skip
+
+    adversary: str = _setting(
+        "marginal", "gradient reversal",
+        "the discriminator tells the domains apart on the whole, or given the class",
+        choices=("marginal", "class-wise"), added=True,
+    )  # fmt: skip
+
+    teacher_decay: float = _setting(
+        0.0, "teacher", "the teacher is the weights' moving average, tested and kept; 0: none", added=True
+    )
+    teacher_weight: float = _setting(0.0, "teacher", "weight of the loss on the teacher's labels", added=True)
+    teacher_start: float = _setting(0.1, "teacher", "progress p at which that loss begins", added=True)
+    confidence: float = _setting(0.9, "teacher", "probability above which its label counts", added=True)
+    diversity_weight: float = _setting(
+        0.0, "teacher", "weight of the pull of the target's mean prediction towards all classes alike", added=True
+    )
 
     precision: str = _setting(
         "auto",
@@ -156,7 +177,35 @@ def _quick(source: str, target: str) -> Config:
     )
 
 
-RECIPES = {"dann": lambda source, target: Config(), "paper": _paper, "cnn-grl": _cnn_grl, "quick": _quick}
+def _modern(source: str, target: str) -> Config:
+    """Our best: one setting for every pair, tuned on synth → usps, mnist → synth and synth → optdigits alone."""
+    return Config(
+        recipe="modern",
+        network="modern",
+        image_size=32,
+        normalisation="per-image",
+        dropout=0.0,
+        epochs=12,
+        epoch_steps=200,
+        augmentation="strong",
+        optimizer="adamw",
+        lr=2e-3,
+        weight_decay=0.05,
+        lr_schedule="cosine",
+        lambda_max=0.3,
+        adversary="class-wise",
+        teacher_decay=0.99,
+        teacher_weight=1.0,
+    )
+
+
+RECIPES = {
+    "dann": lambda source, target: Config(),
+    "paper": _paper,
+    "cnn-grl": _cnn_grl,
+    "quick": _quick,
+    "modern": _modern,
+}
 
 
 def recipe_config(name: str, source: str | None = None, target: str | None = None) -> Config:
@@ -213,6 +262,9 @@ def check(config: Config) -> None:
         "lr_alpha",
         "seed",
         "momentum",
+        "epoch_steps",
+        "teacher_weight",
+        "teacher_start",
     )
     for name in positive:
         if not getattr(config, name) > 0:
@@ -226,8 +278,10 @@ def check(config: Config) -> None:
             raise UserError(f"--{item.name.replace('_', '-')} must be a finite number, not {value}")
     if any(number < 1 for number in config.frozen_convolutions):
         raise UserError(f"--frozen-convolutions counts from 1, not {min(config.frozen_convolutions)}")
-    if not 0 <= config.dropout < 1:
-        raise UserError(f"--dropout must be at least 0 and below 1, not {config.dropout}")
+    for name in ("dropout", "label_smoothing", "teacher_decay", "confidence"):
+        if not 0 <= getattr(config, name) < 1:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} must be at least 0 and below 1, not {getattr(config, name)}")
     if config.source == config.target:
         raise UserError(
             f"source and target are both {config.source}: name two domains, e.g. --source svhn --target mnist"
@@ -242,9 +296,14 @@ def to_dict(config: Config) -> dict:
 
 
 def from_dict(values: dict) -> Config:
-    """The inverse of `to_dict`; raises UserError when the fields are not those of this version."""
-    names = {item.name for item in dataclasses.fields(Config)}
-    if not isinstance(values, dict) or set(values) != names:
-        odd = sorted(names ^ set(values)) if isinstance(values, dict) else ["not a mapping"]
+    """The inverse of `to_dict`; raises UserError when the fields are not those of this version.
+
+    Note: a field that an earlier version did not have takes its default, which is to do without.
+    """
+    fields = {item.name: item for item in dataclasses.fields(Config)}
+    if isinstance(values, dict):
+        values = {name: item.default for name, item in fields.items() if item.metadata.get("added")} | values
+    if not isinstance(values, dict) or set(values) != set(fields):
+        odd = sorted(fields.keys() ^ set(values)) if isinstance(values, dict) else ["not a mapping"]
         raise UserError(f"these settings were saved by another version of this program ({', '.join(odd)}): train again")
     return Config(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})

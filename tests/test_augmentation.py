@@ -1,0 +1,120 @@
+"""Random changes of training images: of the documented kind and size, drawn apart from what is done with them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import convolve
+
+from data_loader import DigitSet, PairedLoader, Preprocessing
+from utils.augmentation import affine_draws, appearance_draws, augment, blur, draw, random_appearance, standardise
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def still(count: int, size: int = 32) -> dict[str, torch.Tensor]:
+    """Draws of `random_appearance` that change nothing: no blur, inversion, background, noise or rectangle."""
+    numbers = torch.tensor([0.5, 0.9, 0.0, 0.0, 0.9, 0.5, 0.5, 0.0, 0.0, 0.5]).expand(count, 10).clone()
+    return {
+        "numbers": numbers,
+        "background": torch.randn(count, 1, 4, 4, generator=generator(1)),
+        "noise": torch.randn(count, 1, size, size, generator=generator(2)),
+    }
+
+
+def pictures(count: int, size: int = 32) -> torch.Tensor:
+    return torch.rand(count, 1, size, size, generator=generator(3))
+
+
+def test_each_number_does_its_own_thing():
+    x = pictures(6)
+    z = (x - x.mean((1, 2, 3), keepdim=True)) / x.std((1, 2, 3), correction=0, keepdim=True)
+    draws = still(6)
+    torch.testing.assert_close(random_appearance(x, draws), z, rtol=1e-4, atol=1e-5)
+
+    draws["numbers"][0, 0] = 1.0  # as blurred as can be
+    draws["numbers"][1, 0] = 0.0  # sharpened by as much
+    draws["numbers"][2, 1] = 0.1  # inverted
+    draws["numbers"][3, 2] = 1.0  # background
+    draws["numbers"][4, 3] = 1.0  # noise
+    draws["numbers"][5, 4] = 0.1  # a rectangle in the centre, of 2 × 32/16 pixels to each side but half a pixel
+    out = random_appearance(x, draws)
+    row = np.array([1, 4, 6, 4, 1]) / 16
+    blurred = np.stack([convolve(image[0].numpy(), np.outer(row, row), mode="nearest") for image in z[:2]])[:, None]
+    blurred = torch.from_numpy(blurred)
+    torch.testing.assert_close(out[:1], standardise(blurred[:1]), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(out[1:2], standardise(2 * z[1:2] - blurred[1:2]), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(out[2], -z[2], rtol=1e-4, atol=1e-5)
+    smooth = torch.nn.functional.interpolate(draws["background"][3:4], (32, 32), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(out[3:4], standardise(z[3:4] + 0.8 * smooth), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(out[4:5], standardise(z[4:5] + 0.2 * draws["noise"][4:5]), rtol=1e-3, atol=1e-4)
+    covered = z[5:6].clone()
+    covered[:, :, 15:18, 15:18] = 0  # pixels less than 2 from pixel 16
+    torch.testing.assert_close(out[5:6], standardise(covered), rtol=1e-3, atol=1e-4)
+
+
+def test_strong_images_are_standardised_and_all_different():
+    x = torch.rand(1, 1, 32, 32, generator=generator()).expand(300, -1, -1, -1).contiguous()
+    out = augment(x, draw("strong", 300, 32, generator(4)))
+    assert out.mean((1, 2, 3)).abs().max() < 1e-4
+    assert (out.std((1, 2, 3), correction=0) - 1).abs().max() < 1e-3
+    assert len(torch.unique(out.flatten(1), dim=0)) == 300
+    inverted = (out * x).mean((1, 2, 3)) < 0
+    assert 0.3 < inverted.float().mean() < 0.7
+
+
+def test_a_blank_image_stays_blank():
+    assert torch.equal(standardise(torch.full((2, 1, 8, 8), 0.25)), torch.zeros(2, 1, 8, 8))
+
+
+def test_blur_keeps_each_channel_to_itself():
+    x = torch.rand(2, 3, 9, 9, generator=generator())
+    torch.testing.assert_close(blur(x)[:, 1:2], blur(x[:, 1:2]))
+    torch.testing.assert_close(blur(torch.full((1, 3, 9, 9), 0.3)), torch.full((1, 3, 9, 9), 0.3))
+
+
+def test_the_weak_view_moves_less():
+    weak, full = draw("weak", 2000, 32, generator())["affine"], affine_draws(2000, generator())
+    torch.testing.assert_close(weak, 0.3 * full)
+    assert list(draw("weak", 4, 32, generator())) == ["affine"]
+    assert full[:, 0].abs().max() == pytest.approx(15 * math.pi / 180, rel=0.01)
+
+
+def test_draws_follow_the_generator_and_nothing_is_drawn_for_none():
+    assert draw("none", 5, 32, generator()) == {}
+    first, again, other = (appearance_draws(5, 32, generator(seed)) for seed in (1, 1, 2))
+    for name, values in first.items():
+        assert len(values) == 5
+        assert torch.equal(values, again[name])
+        assert not torch.equal(values, other[name])
+
+
+@pytest.mark.parametrize("share", [slice(0, 3), slice(3, 6)])
+def test_a_share_of_the_draws_gives_a_share_of_the_images(share):
+    x, draws = pictures(6), draw("strong", 6, 32, generator())
+    part = augment(x[share], {name: values[share] for name, values in draws.items()})
+    torch.testing.assert_close(part, augment(x, draws)[share])
+
+
+def test_the_two_views_show_the_same_images():
+    """The teacher's view is weak, the student's strong, and both hold image i at place i."""
+    ramp = torch.arange(32, dtype=torch.uint8).mul(8).expand(40, 1, 32, 32).clone()
+    ramp[20:] = ramp[20:].mT.clone()  # two kinds of images
+    digits = DigitSet("svhn", "train", ramp, torch.zeros(40, dtype=torch.long), "", {})
+    preprocess = Preprocessing(32, "per-image", grey=True)
+    loader = PairedLoader(digits, ramp, 40, 0, preprocess, "strong", two_views=True)
+    x_s, _, x_t = next(loader.epoch(0))
+    assert x_s.shape == (40, 1, 32, 32)
+    assert x_t.shape == (2, 40, 1, 32, 32)
+    kinds = preprocess(ramp[[0, 20]])
+
+    def likeness(x: torch.Tensor) -> torch.Tensor:  # to each kind, whatever the polarity
+        return torch.einsum("nchw,kchw->nk", x, kinds).abs() / 1024
+
+    strong, weak = x_t
+    assert torch.equal(likeness(weak).argmax(1), likeness(strong).argmax(1))
+    assert likeness(weak).amax(1).min() > 0.9
+    assert likeness(strong).amax(1).mean() < likeness(weak).amax(1).mean()

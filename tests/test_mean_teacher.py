@@ -1,0 +1,149 @@
+"""The teacher averages weights and batch statistics, and its labels enter the step as written out here."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from main import Losses
+from model import DANN
+from tests.test_step import make_trainer
+from utils.config import recipe_config
+from utils.mean_teacher import MeanTeacher
+
+MODERN = dataclasses.replace(
+    recipe_config("modern", "svhn", "mnist"), precision="fp32", batch_size=6, epochs=2, epoch_steps=3
+)
+
+
+def test_the_average_against_a_loop_over_its_definition():
+    torch.manual_seed(0)
+    model = DANN("quick", 0.0)
+    teacher = MeanTeacher(model, 0.8)
+    expected = {name: value.clone().double() for name, value in model.state_dict().items()}
+    for step in range(1, 60):
+        with torch.no_grad():
+            for value in model.state_dict().values():
+                value.add_(torch.rand_like(value.float()).to(value.dtype))
+        teacher.follow(model)
+        decay = min(0.8, step / (step + 9))
+        for name, value in model.state_dict().items():
+            expected[name] = decay * expected[name] + (1 - decay) * value.double()
+    found = teacher.model.state_dict()
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(found[name].double(), expected[name], rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(found[name], value)
+        else:
+            assert torch.equal(found[name], value)  # the number of batches
+
+
+def test_it_predicts_in_eval_mode_and_takes_no_gradient():
+    model = DANN("modern", 0.5).train()
+    teacher = MeanTeacher(model, 0.9)
+    x = torch.randn(4, 1, 32, 32)
+    q = teacher.probabilities(x)
+    assert torch.equal(q, teacher.probabilities(x))
+    assert not q.requires_grad
+    torch.testing.assert_close(q, model.eval()(x).softmax(1))
+    torch.testing.assert_close(q.sum(1), torch.ones(4))
+
+
+def test_a_restored_teacher_goes_on_alike():
+    torch.manual_seed(1)
+    model = DANN("quick", 0.0)
+    teacher = MeanTeacher(model, 0.8)
+    for _ in range(3):
+        teacher.follow(DANN("quick", 0.0))
+    other = MeanTeacher(model, 0.8)
+    other.load_state_dict(copy.deepcopy(teacher.state_dict()))
+    later = DANN("quick", 0.0)
+    for one in (teacher, other):
+        one.follow(later)
+    for mine, theirs in zip(teacher.model.state_dict().values(), other.model.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def class_wise_batch(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(5)
+    x_s, x_t = torch.randn(2, 6, 1, 32, 32, generator=generator, dtype=dtype)
+    q_t = torch.randn(6, 10, generator=generator, dtype=dtype).mul(4).softmax(1)
+    return x_s, torch.tensor([3, 1, 4, 1, 5, 9]), x_t, q_t
+
+
+@pytest.mark.parametrize("teaches", [False, True])
+def test_the_losses_against_loops_and_the_reversed_gradient_against_separate_ones(teaches):
+    torch.manual_seed(2)
+    confidence, smoothing, lambda_p, weight = 0.6, 0.1, 0.35, 0.7
+    config = dataclasses.replace(MODERN, confidence=confidence, label_smoothing=smoothing, teacher_weight=weight)
+    model = DANN("modern", 0.0).double().train()
+    x_s, y_s, x_t, q_t = class_wise_batch()
+    f = model.extractor(torch.cat((x_s, x_t)))
+    log_s, log_t = model.classifier(f).log_softmax(1).split(6)
+    label = (
+        sum(-(1 - smoothing) * row[y] - smoothing * row.mean() for row, y in zip(log_s, y_s.tolist(), strict=True)) / 6
+    )
+    sure = [i for i in range(6) if q_t[i].max() > confidence]
+    assert 0 < len(sure) < 6
+    taught = sum(-log_t[i, q_t[i].argmax()] for i in sure) / 6 if teaches else torch.zeros(())
+    logits = model.discriminator.layers(f)
+    domain, hits = 0, 0
+    for i in range(6):  # σ(d) is the probability of the target, d the logit of the image's class
+        d = logits[i, y_s[i]]
+        domain = domain - (1 - d.sigmoid()).log() / 6
+        hits += (d < 0).item()
+        d = (logits[6 + i] * q_t[i]).sum()
+        domain = domain - d.sigmoid().log() / 6
+        hits += (d > 0).item()
+
+    found = Losses(model, config)(x_s, y_s, x_t, lambda_p, q_t, teaches)
+    expected = [label.item(), domain.item(), hits / 12, taught.item(), len(sure) / 6]
+    assert [value.item() for value in found] == pytest.approx(expected, rel=1e-5)
+
+    theta_f, theta_d = list(model.extractor.parameters()), list(model.discriminator.parameters())
+    (found[0] + found[1] + weight * found[3]).backward()
+    straight = torch.autograd.grad(label + weight * taught, theta_f, retain_graph=True)
+    adversarial = torch.autograd.grad(domain, theta_f, retain_graph=True)
+    for parameter, one, other in zip(theta_f, straight, adversarial, strict=True):
+        torch.testing.assert_close(parameter.grad, one - lambda_p * other, rtol=1e-5, atol=1e-9)
+    for parameter, gradient in zip(theta_d, torch.autograd.grad(domain, theta_d), strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-9)
+
+
+def test_the_teacher_starts_when_it_should_and_is_what_is_tested(tmp_path, monkeypatch):
+    trainer = make_trainer(dataclasses.replace(MODERN, teacher_start=0.5), tmp_path)
+    seen = []
+    step = trainer.train_step
+
+    def watched(x_s, y_s, x_t, lambda_p, mu_p, teaches):
+        seen.append((len(x_t), teaches))
+        return step(x_s, y_s, x_t, lambda_p, mu_p, teaches)
+
+    monkeypatch.setattr(trainer, "train_step", watched)
+
+    class Log:
+        scalars = images = lambda *_: None
+
+    for epoch in range(2):
+        trainer.epoch, trainer.step = epoch, 0
+        trainer.train_epoch(Log())
+    assert seen == [(2, False)] * 3 + [(2, True)] * 3  # two views of the target
+    assert trainer.tested_model is trainer.teacher.model
+    assert not any(
+        torch.equal(mine, theirs)
+        for mine, theirs in zip(trainer.teacher.model.parameters(), trainer.model.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("method", ["source-only", "target-only"])
+def test_the_bounds_are_averaged_too_but_learn_from_labels_alone(method, tmp_path):
+    trainer = make_trainer(dataclasses.replace(MODERN, method=method), tmp_path)
+    x_s, y_s, x_t = next(trainer.loader.epoch(0))
+    assert x_t.shape == x_s.shape
+    outcome = trainer.train_step(x_s, y_s, x_t, 0.5, 0.01)
+    assert outcome[1:].tolist() == [0.0] * 4
+    assert isinstance(trainer.tested_model, nn.Module)
+    assert trainer.tested_model is not trainer.model
+    assert trainer.outcomes == ("loss_label",)

@@ -1,0 +1,108 @@
+"""Random changes of training images: the same distribution for every domain, nothing that looks like one of them.
+
+What is drawn and what is done with it are apart, so that several processes can draw for a whole batch and each change
+its share, and so that a resumed run draws the same.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Draws = dict[str, Tensor]  # what was drawn, by name; images first in every tensor
+
+# Bounds of angle (radians), shear, the two scales and the two shifts (of half the image's size).
+AFFINE = (15 * torch.pi / 180, 0.15, 0.15, 0.15, 0.125, 0.125)
+STRONG = (15 * torch.pi / 180, 0.20, 0.35, 0.35, 0.150, 0.150)
+WEAK = tuple(0.3 * bound for bound in AFFINE)
+
+
+def draw(augmentation: str, count: int, size: int, generator: torch.Generator) -> Draws:
+    """What `augment` needs for `count` images of `size` × `size` pixels.
+
+    Args:
+        augmentation: "none"; "affine"; "strong", affine with wider bounds and appearance; "weak", affine with narrow
+            bounds, for a teacher.
+    """
+    if augmentation == "none":
+        return {}
+    if augmentation == "strong":
+        return {"affine": affine_draws(count, generator, STRONG), **appearance_draws(count, size, generator)}
+    return {"affine": affine_draws(count, generator, WEAK if augmentation == "weak" else AFFINE)}
+
+
+def augment(x: Tensor, draws: Draws) -> Tensor:
+    """Change images as drawn. Shape: (N, C, S, S) in [0, 1] -> (N, C, S, S); appearance leaves the range."""
+    if "affine" in draws:
+        x = random_affine(x, draws["affine"])
+    if "noise" in draws:
+        x = random_appearance(x, draws)
+    return x
+
+
+def affine_draws(count: int, generator: torch.Generator, bounds: tuple[float, ...] = AFFINE) -> Tensor:
+    """What `random_affine` needs for so many images, each value uniform within ± its bound. Shape: -> (count, 6)."""
+    draws = torch.empty(len(bounds), count, device=generator.device)
+    for row, bound in zip(draws, bounds, strict=True):
+        row.uniform_(-bound, bound, generator=generator)
+    return draws.T
+
+
+def random_affine(x: Tensor, draws: Tensor) -> Tensor:
+    """Rotate, scale (each axis for itself), shear and shift each image as drawn; values stay within its range.
+
+    With the bounds of AFFINE: ±15°, 0.85–1.15, ±0.15, ±2 of 32 pixels.
+
+    Shape: (N, C, H, W), (N, 6) -> (N, C, H, W)
+    """
+    angle, shear, wide, high, right, down = draws.T
+    cos, sin = angle.cos(), angle.sin()
+    rows = [(1 + wide) * cos, shear - sin, right, sin + shear, (1 + high) * cos, down]
+    theta = torch.stack(rows, 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def appearance_draws(count: int, size: int, generator: torch.Generator) -> Draws:
+    """What `random_appearance` needs for `count` images of `size` × `size` pixels. Shape: images first in each."""
+    device = generator.device
+    return {
+        "numbers": torch.rand(count, 10, device=device, generator=generator),
+        "background": torch.randn(count, 1, 4, 4, device=device, generator=generator),
+        "noise": torch.randn(count, 1, size, size, device=device, generator=generator),
+    }
+
+
+def random_appearance(x: Tensor, draws: Draws) -> Tensor:
+    """Blur or sharpen, invert, add a smooth background and noise, and cover a rectangle of each image.
+
+    Amplitudes count in standard deviations of the image, which comes out with zero mean and unit variance.
+
+    Shape: (N, C, S, S) -> (N, C, S, S)
+    """
+    size = x.shape[-1]
+    numbers = draws["numbers"].view(len(x), 10, 1, 1, 1).unbind(1)
+    sharpness, invert, amplitude, grain, cover, left, top, wide, high, value = numbers
+    x = standardise(x)
+    # −1 … 1: half of the images are blurred, up to wholly, the others sharpened by as much.
+    x = x + (2 * sharpness - 1) * (blur(x) - x)
+    x = torch.where(invert < 0.5, -x, x)
+    background = F.interpolate(draws["background"], (size, size), mode="bicubic", align_corners=False)
+    x = x + (1.1 * amplitude - 0.3).clamp_min(0) * background + 0.2 * grain * draws["noise"]
+    pixel = torch.arange(size, device=x.device)
+    across = (pixel - size * left).abs() < size * (1 + 2 * wide) / 16
+    down = (pixel - size * top).abs() < size * (1 + 2 * high) / 16
+    covered = across & down.mT & (cover < 0.5)
+    return standardise(torch.where(covered, 2 * value - 1, x))
+
+
+def blur(x: Tensor) -> Tensor:
+    """Each pixel's binomial average over 5 × 5. Shape: (N, C, H, W) -> (N, C, H, W)"""
+    row = x.new_tensor([1, 4, 6, 4, 1]) / 16
+    kernel = (row[:, None] * row).expand(x.shape[1], 1, 5, 5)
+    return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), kernel, groups=x.shape[1])
+
+
+def standardise(x: Tensor) -> Tensor:
+    """Zero mean and unit variance over all pixels and channels of an image; a blank one becomes zero, not noise."""
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return (x - mean) / x.std((1, 2, 3), correction=0, keepdim=True).clamp_min(1e-3)

@@ -1,0 +1,46 @@
+"""How much work a network is: operations counted from the layers, two for a multiplication with its addition.
+
+Convolutions and matrix products count; batch norm, activations, pooling and the optimiser, a few per cent, do not.
+"""
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import DANN, NETWORKS
+from utils.config import Config
+
+
+@torch.no_grad()
+def operations(config: Config) -> dict[str, int]:
+    """Operations of one image's forward pass through each part of the network."""
+    network = NETWORKS[config.network]
+    with torch.device("meta"):  # shapes alone, no weights
+        model = DANN(config.network, config.dropout).eval()
+        image = torch.zeros(1, network.channels, network.image_size, network.image_size)
+    features = model.extractor(image)
+    passes = {
+        "extractor": lambda: model.extractor(image),
+        "classifier": lambda: model.classifier(features),
+        "discriminator": lambda: model.discriminator(features, 1.0),
+    }
+    counts = {}
+    for name, forward in passes.items():
+        with FlopCounterMode(display=False) as counter:
+            forward()
+        counts[name] = counter.get_total_flops()
+    return counts
+
+
+def operations_of_step(config: Config, adapts: bool = True) -> int:
+    """Operations of a training step: 3 × forward, of which 2 × for the backward pass.
+
+    The classifier sees source images alone, unless there is a teacher, which itself has a forward pass a target image.
+    """
+    parts = operations(config)
+    extractor, classifier, discriminator = (parts[name] for name in ("extractor", "classifier", "discriminator"))
+    if not adapts:
+        return 3 * (extractor + classifier) * config.batch_size
+    per_pair = 3 * (2 * extractor + 2 * discriminator + classifier)
+    if config.teacher_decay:
+        per_pair += 3 * classifier + extractor + classifier
+    return per_pair * config.batch_size
