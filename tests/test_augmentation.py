@@ -8,7 +8,17 @@ import torch
 from scipy.ndimage import convolve
 
 from data_loader import DigitSet, PairedLoader, Preprocessing
-from utils.augmentation import affine_draws, appearance_draws, augment, blur, draw, random_appearance, standardise
+from utils.augmentation import (
+    affine_draws,
+    appearance_draws,
+    augment,
+    blur,
+    draw,
+    elastic_draws,
+    random_appearance,
+    random_warp,
+    standardise,
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -64,6 +74,21 @@ def test_strong_images_are_standardised_and_all_different():
     assert len(torch.unique(out.flatten(1), dim=0)) == 300
     inverted = (out * x).mean((1, 2, 3)) < 0
     assert 0.3 < inverted.float().mean() < 0.7
+
+
+def test_elastic_displacements_move_pixels_by_what_was_drawn():
+    """A horizontal and a vertical ramp come out as the coordinates that were sampled."""
+    size, count = 32, 3000
+    elastic = elastic_draws(count, generator())
+    assert elastic.std((1, 2, 3)).max() < 0.12 * 1.6
+    assert elastic.std().item() == pytest.approx(0.12 / math.sqrt(3), rel=0.03)  # amplitudes uniform from 0 on
+    centres = (2 * torch.arange(size) + 1) / size - 1
+    ramps = torch.stack(torch.meshgrid(centres, centres, indexing="xy")).expand(8, 2, size, size).contiguous()
+    small = 0.2 * elastic[:8]
+    out = random_warp(ramps, torch.zeros(8, 6), small) - random_warp(ramps, torch.zeros(8, 6))
+    inner = slice(10, 22)
+    expected = torch.nn.functional.interpolate(small, (size, size), mode="bicubic", align_corners=True)
+    torch.testing.assert_close(out[:, :, inner, inner], expected[:, :, inner, inner], rtol=1e-3, atol=1e-4)
 
 
 def test_a_blank_image_stays_blank():

@@ -116,7 +116,6 @@ OTHER = {
     "teacher_weight": ("0.5", 0.5),
     "teacher_start": ("0.35", 0.35),
     "confidence": ("0.7", 0.7),
-    "diversity_weight": ("0.01", 0.01),
     "precision": ("bf16", "bf16"),
 }
 

@@ -20,7 +20,7 @@ from data_loader import (
     seed_of,
     shuffled_passes,
 )
-from utils.augmentation import affine_draws, random_affine
+from utils.augmentation import affine_draws, random_warp
 from utils.config import recipe_config
 
 # ---- pairing
@@ -370,7 +370,7 @@ def test_mean_pixel_against_numpy():
 
 
 def moved(x: torch.Tensor, seed: int) -> torch.Tensor:
-    return random_affine(x, affine_draws(len(x), torch.Generator().manual_seed(seed)))
+    return random_warp(x, affine_draws(len(x), torch.Generator().manual_seed(seed)))
 
 
 def fitted_maps(count: int, size: int = 32) -> torch.Tensor:
@@ -390,7 +390,7 @@ def fitted_maps(count: int, size: int = 32) -> torch.Tensor:
     return solution
 
 
-def test_random_affine_stays_within_its_documented_bounds_and_reaches_them():
+def test_random_warp_stays_within_its_documented_bounds_and_reaches_them():
     maps = fitted_maps(4000)
     shear, sin = (maps[:, 0, 1] + maps[:, 1, 0]) / 2, (maps[:, 1, 0] - maps[:, 0, 1]) / 2
     cos = (1 - sin**2).sqrt()
@@ -411,7 +411,7 @@ def test_random_affine_stays_within_its_documented_bounds_and_reaches_them():
     assert (correlation - torch.eye(6)).abs().max() < 0.08  # each for itself
 
 
-def test_random_affine_moves_a_blob_by_little():
+def test_random_warp_moves_a_blob_by_little():
     coordinate = torch.arange(32.0) - 15.5
     bump = torch.exp(-(coordinate**2) / 8)
     x = (bump[:, None] * bump).expand(500, 3, 32, 32).contiguous()
@@ -427,7 +427,7 @@ def test_random_affine_moves_a_blob_by_little():
     assert len(torch.unique(out.flatten(1), dim=0)) == 500  # no two images alike
 
 
-def test_random_affine_keeps_the_range_and_follows_the_seed():
+def test_random_warp_keeps_the_range_and_follows_the_seed():
     x = torch.rand(20, 1, 28, 28, generator=torch.Generator().manual_seed(3)) * 0.5 + 0.2
     first, second = moved(x, 4), moved(x, 5)
     assert torch.equal(moved(x, 4), first)

@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 
+import main
+from tests.test_run_log import read_events
 from utils.records import label_free_signals, seconds_to
 
 
@@ -35,3 +37,24 @@ def test_seconds_are_those_of_the_first_epoch_that_was_there(tmp_path):
     lines = [json.dumps({"target_accuracy": a, "seconds": 10.0 * i}) for i, a in enumerate(accuracies, 1)]
     metrics.write_text("\n".join(lines) + "\n")
     assert seconds_to(metrics) == {"90": 20.0, "95": 40.0, "98": None}
+
+
+def test_a_lost_class_is_announced_in_the_log_and_on_the_screen(tiny_data, tmp_path, monkeypatch, capsys):
+    """Predictions that never say 7 are a collapse; those of a run without a domain loss are none of its business."""
+    lost = torch.full((50, 10), 0.01)
+    lost[torch.arange(50), torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 9, 9] * 5)] = 0.91
+    monkeypatch.setattr(main, "predict", lambda *_: lost)
+    for method in ("dann", "source-only"):
+        folder = tmp_path / method
+        words = ["--dry-run", "--method", method, "--run-dir", str(folder), "--data-dir", str(tiny_data)]
+        monkeypatch.setattr("sys.argv", ["main.py", "--recipe", "paper", *words, "--device", "cpu", "--no-download"])
+        main.main()
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: collapse")]
+        written = read_events(folder).Tags()["tensors"]
+        epochs = [1, 2] if method == "dann" else []
+        assert [f"at epoch {epoch}: one class is read in 0.0%" in line for epoch, line in enumerate(said, 1)] == [
+            True for _ in epochs
+        ]
+        assert ("collapse/epoch_2/text_summary" in written) == (method == "dann")
+        (first, last) = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+        assert first["smallest_class_share"] == last["smallest_class_share"] == 0

@@ -14,26 +14,28 @@ Draws = dict[str, Tensor]  # what was drawn, by name; images first in every tens
 AFFINE = (15 * torch.pi / 180, 0.15, 0.15, 0.15, 0.125, 0.125)
 STRONG = (15 * torch.pi / 180, 0.20, 0.35, 0.35, 0.150, 0.150)
 WEAK = tuple(0.3 * bound for bound in AFFINE)
+ELASTIC = 0.12  # the largest deviation of the elastic displacements, of half the image's size
 
 
 def draw(augmentation: str, count: int, size: int, generator: torch.Generator) -> Draws:
     """What `augment` needs for `count` images of `size` × `size` pixels.
 
     Args:
-        augmentation: "none"; "affine"; "strong", affine with wider bounds and appearance; "weak", affine with narrow
-            bounds, for a teacher.
+        augmentation: "none"; "affine"; "strong", affine with wider bounds, elastic and appearance; "weak", affine with
+            narrow bounds, for a teacher.
     """
     if augmentation == "none":
         return {}
     if augmentation == "strong":
-        return {"affine": affine_draws(count, generator, STRONG), **appearance_draws(count, size, generator)}
+        affine, elastic = affine_draws(count, generator, STRONG), elastic_draws(count, generator)
+        return {"affine": affine, "elastic": elastic, **appearance_draws(count, size, generator)}
     return {"affine": affine_draws(count, generator, WEAK if augmentation == "weak" else AFFINE)}
 
 
 def augment(x: Tensor, draws: Draws) -> Tensor:
     """Change images as drawn. Shape: (N, C, S, S) in [0, 1] -> (N, C, S, S); appearance leaves the range."""
     if "affine" in draws:
-        x = random_affine(x, draws["affine"])
+        x = random_warp(x, draws["affine"], draws.get("elastic"))
     if "noise" in draws:
         x = random_appearance(x, draws)
     return x
@@ -47,18 +49,28 @@ def affine_draws(count: int, generator: torch.Generator, bounds: tuple[float, ..
     return draws.T
 
 
-def random_affine(x: Tensor, draws: Tensor) -> Tensor:
-    """Rotate, scale (each axis for itself), shear and shift each image as drawn; values stay within its range.
+def elastic_draws(count: int, generator: torch.Generator) -> Tensor:
+    """Displacements of 5 × 5 points, from none to large ones (Simard et al. 2003). Shape: -> (count, 2, 5, 5)."""
+    device = generator.device
+    amplitude = torch.rand(count, 1, 1, 1, device=device, generator=generator) * ELASTIC
+    return amplitude * torch.randn(count, 2, 5, 5, device=device, generator=generator)
+
+
+def random_warp(x: Tensor, affine: Tensor, elastic: Tensor | None = None) -> Tensor:
+    """Rotate, scale (each axis for itself), shear, shift and bend each image as drawn; values stay within its range.
 
     With the bounds of AFFINE: ±15°, 0.85–1.15, ±0.15, ±2 of 32 pixels.
 
-    Shape: (N, C, H, W), (N, 6) -> (N, C, H, W)
+    Shape: (N, C, H, W), (N, 6), (N, 2, 5, 5) -> (N, C, H, W)
     """
-    angle, shear, wide, high, right, down = draws.T
+    angle, shear, wide, high, right, down = affine.T
     cos, sin = angle.cos(), angle.sin()
     rows = [(1 + wide) * cos, shear - sin, right, sin + shear, (1 + high) * cos, down]
     theta = torch.stack(rows, 1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    if elastic is not None:
+        smooth = F.interpolate(elastic, x.shape[-2:], mode="bicubic", align_corners=True)
+        grid = grid + smooth.permute(0, 2, 3, 1)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 

@@ -58,7 +58,7 @@ class Config:
     separate_domains: bool = _setting(False, "schedule", "forward each domain by itself (own batch statistics)")
     augmentation: str = _setting(
         "none", "schedule",
-        "random change of both domains' training images; strong: affine, blur, inversion, background, noise, cutout",
+        "random change of both domains' training images; strong: shape, blur, inversion, background, noise, cutout",
         choices=("none", "affine", "strong"),
     )  # fmt: skip
     label_smoothing: float = _setting(0.0, "schedule", "share of a source label spread over all classes", added=True)
@@ -99,9 +99,6 @@ class Config:
     teacher_weight: float = _setting(0.0, "teacher", "weight of the loss on the teacher's labels", added=True)
     teacher_start: float = _setting(0.1, "teacher", "progress p at which that loss begins", added=True)
     confidence: float = _setting(0.9, "teacher", "probability above which its label counts", added=True)
-    diversity_weight: float = _setting(
-        0.0, "teacher", "weight of the pull of the target's mean prediction towards all classes alike", added=True
-    )
 
     precision: str = _setting(
         "auto",
