@@ -48,6 +48,7 @@ from utils.config import (
     recipe_config,
     to_dict,
 )
+from utils.distributed import ALONE
 from utils.files import make_folder, write_json
 from utils.mean_teacher import MeanTeacher
 from utils.optimisation import freeze, gradient_norms, limit_norms, make_optimizer
@@ -60,7 +61,6 @@ LOG_EVERY_STEPS = 50
 DRY_RUN_IMAGES = 256
 SIGNAL_IMAGES = 2000
 COLLAPSED_SHARE = 0.01  # a class that fewer target images are read as has been lost
-ALONE = distributed.Processes()
 OUTCOMES = ("loss_label", "loss_domain", "domain_accuracy", "loss_teacher", "teacher_share")  # of a step
 CHECKPOINT_KEYS = {
     *("about", "config", "model", "teacher", "optimizer", "epoch", "step", "steps_per_epoch", "sums"),
@@ -195,7 +195,9 @@ class Trainer:
         self.model = DANN(config.network, config.dropout).to(device, memory_format=torch.channels_last)
         if processes.count > 1:
             distributed.join_batch_norms(self.model)
-        self.teacher = MeanTeacher(self.model, config.teacher_decay) if config.teacher_decay else None
+        self.teacher = None
+        if config.teacher_decay:
+            self.teacher = MeanTeacher(self.model, config.teacher_decay, config.alignment, processes)
         self.losses = Losses(self.model, config)
         if processes.count > 1:
             # In a warm start and for the bounds the discriminator gets no gradient.
@@ -264,7 +266,7 @@ class Trainer:
         with machine.autocast(self.device, self.precision):
             if self.adapts and self.teacher:
                 x_t, weak_t = x_t
-                q_t = self.teacher.probabilities(weak_t)
+                q_t = self.teacher.label(weak_t)
             # A tensor, because a compiled step would take each number for a step of its own.
             factor = torch.tensor(lambda_p) if self.compiled else lambda_p
             outcome = self.losses(x_s, y_s, x_t if self.adapts else None, factor, q_t, teaches)

@@ -115,6 +115,7 @@ OTHER = {
     "teacher_decay": ("0.75", 0.75),
     "teacher_weight": ("0.5", 0.5),
     "teacher_start": ("0.35", 0.35),
+    "alignment": ("0.25", 0.25),
     "confidence": ("0.7", 0.7),
     "precision": ("bf16", "bf16"),
 }
@@ -274,6 +275,7 @@ def test_settings_of_a_run_that_lacks_later_ones_do_without_them():
         ("--recipe quick --teacher-decay 0.9 --adversary class-wise", "--network modern"),
         ("--recipe modern --teacher-decay 1", "--teacher-decay must be at least 0 and below 1"),
         ("--recipe modern --confidence -0.1", "--confidence must be at least 0 and below 1"),
+        ("--recipe modern --alignment 1.5", "--alignment must be between 0 and 1"),
         ("--recipe modern --epoch-steps -1", "--epoch-steps must not be negative"),
         ("--recipe modern --batch-size 1", "--batch-size must be at least 2"),
     ],

@@ -44,24 +44,58 @@ def test_it_predicts_in_eval_mode_and_takes_no_gradient():
     model = DANN("modern", 0.5).train()
     teacher = MeanTeacher(model, 0.9)
     x = torch.randn(4, 1, 32, 32)
-    q = teacher.probabilities(x)
-    assert torch.equal(q, teacher.probabilities(x))
+    q = teacher.label(x)
+    assert torch.equal(q, teacher.label(x))
     assert not q.requires_grad
     torch.testing.assert_close(q, model.eval()(x).softmax(1))
     torch.testing.assert_close(q.sum(1), torch.ones(4))
 
 
+@pytest.mark.parametrize("kappa", [0.5, 1.0])
+def test_alignment_against_its_formula_and_a_lost_class_comes_back(kappa):
+    """A network that likes class 3 and hardly ever says 7 has its labels drawn towards equal shares."""
+
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(10))
+
+        def forward(self, x):
+            return x + self.bias
+
+    torch.manual_seed(0)
+    model = Biased()
+    with torch.no_grad():
+        model.bias[3], model.bias[7] = 2.0, -3.0
+    teacher = MeanTeacher(model, 0.9, kappa)
+    mean = torch.full((10,), 0.1)
+    for _ in range(400):
+        x = torch.randn(64, 10)
+        q = (x + model.bias).softmax(1)
+        mean = 0.98 * mean + 0.02 * q.mean(0)
+        expected = q * (0.1 / mean) ** kappa
+        found = teacher.label(x)
+        torch.testing.assert_close(found, expected / expected.sum(1, keepdim=True), rtol=1e-3, atol=1e-5)
+    assert q.mean(0)[7] < 0.02
+    assert found.mean(0)[7] > 2 * q.mean(0)[7]
+    assert found.mean(0)[3] < q.mean(0)[3]
+    if kappa == 1:
+        assert (found.mean(0) - 0.1).abs().max() < 0.06
+
+
 def test_a_restored_teacher_goes_on_alike():
     torch.manual_seed(1)
     model = DANN("quick", 0.0)
-    teacher = MeanTeacher(model, 0.8)
+    teacher = MeanTeacher(model, 0.8, 0.5)
     for _ in range(3):
         teacher.follow(DANN("quick", 0.0))
-    other = MeanTeacher(model, 0.8)
+        teacher.label(torch.randn(8, 3, 32, 32))
+    other = MeanTeacher(model, 0.8, 0.5)
     other.load_state_dict(copy.deepcopy(teacher.state_dict()))
-    later = DANN("quick", 0.0)
+    later, x = DANN("quick", 0.0), torch.randn(8, 3, 32, 32)
     for one in (teacher, other):
         one.follow(later)
+    assert torch.equal(teacher.label(x), other.label(x))
     for mine, theirs in zip(teacher.model.state_dict().values(), other.model.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs)
 

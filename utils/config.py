@@ -98,6 +98,9 @@ class Config:
     )
     teacher_weight: float = _setting(0.0, "teacher", "weight of the loss on the teacher's labels", added=True)
     teacher_start: float = _setting(0.1, "teacher", "progress p at which that loss begins", added=True)
+    alignment: float = _setting(
+        0.0, "teacher", "how far the class shares of its labels are drawn towards equal ones, 0 to 1", added=True
+    )
     confidence: float = _setting(0.9, "teacher", "probability above which its label counts", added=True)
 
     precision: str = _setting(
@@ -275,6 +278,8 @@ def check(config: Config) -> None:
             raise UserError(f"--{item.name.replace('_', '-')} must be a finite number, not {value}")
     if any(number < 1 for number in config.frozen_convolutions):
         raise UserError(f"--frozen-convolutions counts from 1, not {min(config.frozen_convolutions)}")
+    if not 0 <= config.alignment <= 1:
+        raise UserError(f"--alignment must be between 0 and 1, not {config.alignment}")
     for name in ("dropout", "label_smoothing", "teacher_decay", "confidence"):
         if not 0 <= getattr(config, name) < 1:
             flag = name.replace("_", "-")

@@ -83,6 +83,7 @@ class Processes:
         return job()
 
 
+ALONE = Processes()
 _groups: dict[str, dist.ProcessGroup] = {}
 
 

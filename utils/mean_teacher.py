@@ -5,7 +5,10 @@ import copy
 import torch
 from torch import Tensor
 
-from model import DANN
+from model import CLASSES, DANN
+from utils.distributed import ALONE, Processes
+
+MEAN_SHARE = 0.02  # how much of the mean prediction is of the latest batch
 
 
 class MeanTeacher:
@@ -15,16 +18,31 @@ class MeanTeacher:
         model: the network to follow; the teacher starts as its copy, in eval mode.
         decay: share of the average that stays in each step, in (0, 1). It is smaller in the first steps, so that the
             weights that training began with are soon forgotten.
+        alignment: κ of `label`, in [0, 1].
+        processes: those that train together, each with its share of a batch.
     """
 
-    def __init__(self, model: DANN, decay: float):
+    def __init__(self, model: DANN, decay: float, alignment: float = 0.0, processes: Processes = ALONE):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay, self.steps = decay, 0
+        self.decay, self.alignment, self.processes, self.steps = decay, alignment, processes, 0
+        self.mean = next(model.parameters()).new_full((CLASSES,), 1 / CLASSES)  # of its predictions, a moving average
 
     @torch.no_grad()
-    def probabilities(self, x: Tensor) -> Tensor:
-        """Class probabilities of preprocessed images. Shape: (N, C, S, S) -> (N, 10) float32."""
-        return self.model(x).float().softmax(1)
+    def label(self, x: Tensor) -> Tensor:
+        """Class probabilities of preprocessed target images, aligned to an estimate of the target's class shares.
+
+        Each class counts by (uniform / mean prediction)^κ (distribution alignment, Berthelot et al. 2020): the target
+        is taken to have the shares that were predicted, drawn towards equal ones by κ. With κ = 0 a class that is read
+        less and less often is lost; with κ = 1 all classes are taken to be alike in size.
+
+        Shape: (N, C, S, S) -> (N, 10) float32, rows sum to 1
+        """
+        q = self.model(x).float().softmax(1)
+        if not self.alignment:
+            return q
+        self.mean.lerp_(self.processes.mean_(q.mean(0)), MEAN_SHARE)
+        q = q * (1 / CLASSES / self.mean) ** self.alignment
+        return q / q.sum(1, keepdim=True)
 
     @torch.no_grad()
     def follow(self, model: DANN) -> None:
@@ -40,9 +58,10 @@ class MeanTeacher:
 
     def state_dict(self) -> dict:
         """What a checkpoint keeps."""
-        return {"model": self.model.state_dict(), "steps": self.steps}
+        return {"model": self.model.state_dict(), "mean": self.mean, "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
         """The inverse of `state_dict`."""
         self.model.load_state_dict(state["model"])
+        self.mean.copy_(state["mean"])
         self.steps = state["steps"]
