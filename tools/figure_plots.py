@@ -1,0 +1,134 @@
+"""Training curves and confusion matrices."""
+
+import math
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from data_loader import DigitSet
+from model import CLASSES
+from tools.figure_data import Network
+from tools.figure_style import REFERENCE, SOURCE, TARGET, new_figure
+from utils.config import Config
+from utils.schedules import adaptation_factor
+from valid import Evaluation
+
+LINES = {  # the last network is the run, one before it what it is compared with
+    1: ({"linestyle": "-", "marker": "o"},),
+    2: ({"linestyle": ":", "marker": "s", "markerfacecolor": "white"}, {"linestyle": "-", "marker": "o"}),
+}
+NEUTRAL = "#444444"
+
+
+def column(network: Network, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Epochs and a value of each; an epoch that has no such value is left out."""
+    points = [(record["epoch"], record[key]) for record in network.records if record[key] is not None]
+    return tuple(np.array(points, dtype=float).reshape(-1, 2).T)
+
+
+def lambda_curve(config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """Epochs, from 0 on, and the λ_p of the training steps there."""
+    epochs = np.linspace(0, config.warm_start_epochs + config.epochs, 500)
+    passed = np.maximum(epochs - config.warm_start_epochs, 0)
+    if config.lambda_update == "epoch":
+        passed = np.minimum(np.floor(passed), config.epochs - 1)
+    factors = [config.lambda_max * adaptation_factor(p, config.gamma) for p in passed / config.epochs]
+    return epochs, np.array(factors)
+
+
+def chance_loss(config: Config) -> tuple[float, str]:
+    """The domain loss of a discriminator that can't tell the domains apart, and how to write it."""
+    if config.domain_loss == "sum":
+        return 2 * math.log(2), f"2·ln 2 ≈ {2 * math.log(2):.3f}"
+    return math.log(2), f"ln 2 ≈ {math.log(2):.3f}"
+
+
+def reference(axes: Axes, value: float, text: str) -> None:
+    """The dashed line of what a curve should tend to, its name below it."""
+    axes.axhline(value, color=REFERENCE, linestyle="--", linewidth=1.2, zorder=3)
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}
+    place = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "ha": "right", "va": "top"}
+    axes.annotate(text, (0.98, value), (0, -6), bbox=box, **place)
+
+
+def curves_figure(networks: list[Network]) -> Figure:
+    """Losses, domain accuracy, test accuracies, λ_p and the learning rate over the epochs of a run."""
+    figure = new_figure(5.2)
+    panels = figure.subplots(2, 3).flatten()
+    titles = ("label loss", "domain loss", "domain accuracy", "test accuracy", "λ$_p$", "learning rate μ$_p$")
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set_title(title, loc="left")
+        axes.grid(color="#DDDDDD", linewidth=0.6)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.set_xlim(0, max(record["epoch"] for network in networks for record in network.records) + 0.3)
+    label_loss, domain_loss, domain_accuracy, accuracy, weight, rate = panels
+    for network, style in zip(networks, LINES[len(networks)], strict=True):
+        style = {"markersize": 4, "linewidth": 1.6, "color": NEUTRAL} | style
+        label_loss.plot(*column(network, "loss_label"), **style)
+        domain_loss.plot(*column(network, "loss_domain"), **style)
+        domain_accuracy.plot(*column(network, "domain_accuracy"), **style)
+        accuracy.plot(*column(network, "source_accuracy"), **style | {"color": SOURCE})
+        accuracy.plot(*column(network, "target_accuracy"), **style | {"color": TARGET})
+        if network.config.method == "dann":
+            weight.plot(*lambda_curve(network.config), color=NEUTRAL, linewidth=1.6)
+    rate.plot(*column(networks[-1], "learning_rate"), color=NEUTRAL, linewidth=1.6, marker="o", markersize=4)
+    adapted = [network for network in networks if network.config.method == "dann"]
+    for axes in (label_loss, domain_loss, rate):
+        axes.set_ylim(0, axes.get_ylim()[1])
+    if adapted:
+        chance, text = chance_loss(adapted[-1].config)
+        reference(domain_loss, chance, text)
+        reference(domain_accuracy, 0.5, "50 %: can't tell")
+        domain_loss.set_ylim(0, max(1.15 * chance, domain_loss.get_ylim()[1]))
+    else:
+        for axes in (domain_loss, domain_accuracy, weight):
+            axes.text(0.5, 0.5, "no reversal", ha="center", va="center", transform=axes.transAxes)
+    domain_accuracy.set_ylim(0, 1.02)
+    weight.set_ylim(0, 1.05 * max([network.config.lambda_max for network in adapted] or [1]))
+    for axes in (domain_accuracy, accuracy):
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    for axes in panels[3:]:
+        axes.set_xlabel("epochs")
+    config = networks[-1].config
+    handles = [
+        Line2D([], [], color=NEUTRAL, markersize=4, label=network.label, **style)
+        for network, style in zip(networks, LINES[len(networks)], strict=True)
+    ]
+    handles += [
+        Line2D([], [], color=SOURCE, linewidth=4, label=f"{config.source} (source)"),
+        Line2D([], [], color=TARGET, linewidth=4, label=f"{config.target} (target)"),
+        Line2D([], [], color=REFERENCE, linestyle="--", label="domains alike"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    return figure
+
+
+def draw_confusion(axes: Axes, tested: Evaluation, title: str) -> None:
+    """Counts, coloured by their share of the true digit's images."""
+    counts = tested.confusion.numpy()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (true, read), count in np.ndenumerate(counts):
+        colour = "#999999" if count == 0 else "white" if shares[true, read] > 0.6 else "black"
+        axes.text(read, true, f"{count}", ha="center", va="center", color=colour, fontsize=8)
+    axes.set(xticks=range(CLASSES), yticks=range(CLASSES), xlabel="read", ylabel="true digit")
+    axes.set_title(f"{title}: {tested.accuracy:.2%} ({tested.correct:,} / {tested.total:,})")
+    axes.tick_params(length=0)
+
+
+def confusion_figure(networks: list[Network], target: DigitSet) -> tuple[Figure, list[Evaluation]]:
+    """How often which digit of the target's test set is read as which."""
+    figure = new_figure(5)
+    panels = figure.subplots(1, len(networks), squeeze=False)[0]
+    tested = [network.evaluate(target) for network in networks]
+    for axes, outcome, network in zip(panels, tested, networks, strict=True):
+        draw_confusion(axes, outcome, network.label)
+    figure.supxlabel(
+        f"{target.mark} test digits by what they are and what they are read as; the darker, the larger the share of "
+        "the true digit",
+        fontsize=9,
+    )
+    return figure, tested
