@@ -131,9 +131,8 @@ def draw_inputs(axes: Axes, network: Network, domains: Domains) -> None:
 def architecture_figure(network: Network, domains: Domains) -> Figure:
     """The three parts with their layers, and the gradients that train them."""
     model: DANN = network.reader.model
-    size = network.reader.preprocess.image_size
-    blank = torch.zeros(1, 3, size, size, device=network.device)
-    layers, features = stages_of(model.extractor, blank)
+    image = domains.source_train.images[:1].to(network.device)
+    layers, features = stages_of(model.extractor, network.reader.preprocess(image))
     label_layers, _ = stages_of(model.classifier, features)
     domain_layers, _ = stages_of(model.discriminator, features, 0.0)
 

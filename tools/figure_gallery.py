@@ -56,8 +56,8 @@ def gallery(rows: list[Row], left: float) -> Figure:
 
 
 def as_pictures(x: Tensor, low: float, high: float) -> np.ndarray:
-    """Values from `low` to `high` as colours. Shape: (N, 3, H, W) -> (N, H, W, 3) in [0, 1]"""
-    values = x.float().cpu().permute(0, 2, 3, 1).numpy()
+    """Values from `low` to `high` as colours. Shape: (N, 1 or 3, H, W) -> (N, H, W, 3) in [0, 1]"""
+    values = x.float().cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     return np.clip((values - low) / max(high - low, 1e-6), 0, 1)
 
 
@@ -125,9 +125,9 @@ def misread_figure(networks: list[Network], target: DigitSet, seed: int = 0) -> 
             captions = [
                 " → ".join(str(int(reading[i])) for reading in readings) + f"\ntrue {digits[i]}" for i in part.tolist()
             ]
-            pictures = target.images[part].expand(-1, 3, -1, -1)
+            pictures = target.images[part]
             if len(part):  # nothing to interpolate in nothing
-                pictures = networks[-1].reader.preprocess.resize(pictures)
+                pictures = Preprocessing(networks[-1].reader.preprocess.image_size).resize(pictures)
             rows.append(Row(as_pictures(pictures / 255, 0, 1), captions, "", heading))
             heading = ""
     return gallery(rows, left=0.0), counts
