@@ -29,7 +29,10 @@ from utils.config import RECIPES, recipe_config, to_dict
 from utils.synth_digits import render_digits
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("main.py", "valid.py", "download_data.py", "image_annotate.py", "tools/report.py", "tools/benchmark.py")
+SCRIPTS = (
+    "main.py", "valid.py", "download_data.py", "image_annotate.py",
+    "tools/report.py", "tools/benchmark.py", "tools/figures.py",
+)  # fmt: skip
 KEYS = (
     "source", "target", "method", "recipe", "seed", "epochs", "source_accuracy", "target_accuracy", "source_correct",
     "source_total", "target_correct", "target_total", "seconds", "images_per_second", "device", "precision",
@@ -400,6 +403,7 @@ def test_help_shows_the_values_of_the_recipe(monkeypatch, capsys, recipe):
         ("image_annotate.py", [], "--file"),
         ("tools/report.py", ["--che"], "--che"),
         ("tools/benchmark.py", ["--round", "3"], "--round"),
+        ("tools/figures.py", ["--compare", "runs/source-only"], "--compare"),
     ],
 )
 def test_usage_mistakes(monkeypatch, capsys, script, arguments, told):

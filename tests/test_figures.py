@@ -1,0 +1,349 @@
+"""The figures: the numbers in them against independent computations, and the files of a run from the command line."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+import main
+from data_loader import DigitSet, load_domain
+from model import DANN, NETWORKS
+from tools import figures
+from tools.figure_architecture import stages_of
+from tools.figure_data import load_network, sample
+from tools.figure_features import neighbour_share, proxy_a_distance, same_digit_share
+from tools.figure_gallery import spread
+from tools.figure_plots import chance_loss, column, lambda_curve
+from utils.cli import run_script
+from utils.config import Config
+from valid import load_reader
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = ("architecture", "samples", "curves", "confusion", "misread", "features")
+KEPT = ROOT / "results" / "figures"
+SMALL = (
+    "--network", "quick", "--image-size", 32, "--normalisation", "per-image", "--batch-size", 16, "--dry-run",
+    "--device", "cpu", "--precision", "fp32", "--no-download",
+)  # fmt: skip
+
+
+def gaussian(count: int, features: int, seed: int, shift: float = 0.0) -> np.ndarray:
+    values = np.random.default_rng(seed).normal(size=(count, features))
+    values[:, 0] += shift
+    return values
+
+
+# --- how mixed two domains are ----------------------------------------------------------------------
+
+
+def test_domains_that_are_far_apart():
+    f_s, f_t = gaussian(200, 6, 0), gaussian(200, 6, 1, shift=50)
+    assert proxy_a_distance(f_s, f_t) == 2
+    assert neighbour_share(f_s, f_t) == 0
+
+
+def test_domains_of_one_distribution():
+    f_s, f_t = gaussian(600, 6, 0), gaussian(600, 6, 1)
+    assert 0 <= proxy_a_distance(f_s, f_t) < 0.2
+    assert neighbour_share(f_s, f_t) == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("shift", [1.0, 2.0])
+def test_proxy_a_distance_of_two_gaussians(shift):
+    """The best classifier of two unit Gaussians at a distance d is linear and errs with probability Φ(−d/2)."""
+    found = proxy_a_distance(gaussian(1500, 3, 0), gaussian(1500, 3, 1, shift))
+    assert found == pytest.approx(2 * (1 - 2 * NormalDist().cdf(-shift / 2)), abs=0.1)
+
+
+def test_proxy_a_distance_is_of_samples_that_the_classifier_has_not_seen():
+    """In more dimensions than samples any labelling can be learnt by heart, and nothing of it holds for others."""
+    assert proxy_a_distance(gaussian(40, 400, 0), gaussian(40, 400, 1)) < 0.8
+
+
+def test_neighbour_share_by_hand():
+    """On a line: sources at 0, 1, 10 and targets at 2, 11, 12; each sample's two nearest, written down."""
+    f_s, f_t = np.array([[0.0], [1.0], [10.0]]), np.array([[2.0], [11.0], [12.0]])
+    # 0: 1, 2 -> 1 of the other; 1: 0, 2 -> 1; 10: 11, 12 -> 2; 2: 1, 0 -> 2; 11: 10, 12 -> 1; 12: 11, 10 -> 1
+    assert neighbour_share(f_s, f_t, 2) == pytest.approx(8 / 12)
+
+
+def test_neighbour_share_by_all_distances():
+    f_s, f_t = gaussian(40, 4, 0), gaussian(25, 4, 1, shift=1)
+    features, domains = np.concatenate((f_s, f_t)), np.array([0] * 40 + [1] * 25)
+    distances = ((features[:, None] - features) ** 2).sum(2)
+    shares = []
+    for i in range(65):
+        nearest = sorted((j for j in range(65) if j != i), key=lambda j: distances[i, j])[:10]
+        shares.append(np.mean([domains[j] != domains[i] for j in nearest]))
+    assert neighbour_share(f_s, f_t, 10) == pytest.approx(np.mean(shares))
+
+
+def test_same_digit_share_by_hand():
+    """Targets at 1, 6 and 9 next to sources at 0, 5 and 10."""
+    f_s, f_t = np.array([[0.0], [5.0], [10.0]]), np.array([[1.0], [6.0], [9.0]])
+    assert same_digit_share(f_s, np.array([3, 4, 5]), f_t, np.array([3, 9, 5])) == pytest.approx(2 / 3)
+
+
+# --- what is drawn ----------------------------------------------------------------------------------
+
+
+def digit_set(split: str, first: int, count: int) -> DigitSet:
+    """Images whose one pixel is their number."""
+    images = torch.arange(first, first + count, dtype=torch.uint8).view(-1, 1, 1, 1)
+    return DigitSet("mnist", split, images, images.flatten().long() % 10, "MNIST", {})
+
+
+def test_a_sample_has_test_images_first_and_none_twice():
+    test, train = digit_set("test", 0, 30), digit_set("train", 100, 50)
+    images, labels = sample(test, train, 45, seed=0)
+    numbers = images.flatten().tolist()
+    assert sorted(numbers[:30]) == list(range(30))
+    assert len(set(numbers)) == 45
+    assert min(numbers[30:]) >= 100
+    assert labels.tolist() == [number % 10 for number in numbers]
+    assert sample(test, train, 45, seed=0)[0].flatten().tolist() == numbers
+    assert sorted(numbers[:30]) != numbers[:30], "drawn, not the first ones"
+    few = sample(test, train, 12, seed=0)[0].flatten().tolist()
+    assert max(few) < 30
+
+
+def test_each_digit_gets_its_turn():
+    digits = torch.tensor([6] * 50 + [1, 9, 9])
+    drawn = spread(torch.arange(53), digits, 6, seed=0)
+    assert digits[drawn].tolist() == [1, 6, 6, 6, 9, 9]
+    assert len(set(drawn.tolist())) == 6
+    assert spread(torch.tensor([50]), digits, 6, seed=0).tolist() == [50]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_stages_are_the_layers_of_the_network(network):
+    """One stage a convolution or linear layer; what leaves a stage is what its layer and its pooling make."""
+    model = DANN(network, 0.5).eval()
+    row = NETWORKS[network]
+    size = row.image_size
+    stages, features = stages_of(model.extractor, torch.zeros(2, row.channels, size, size))
+    layers = [module for module in model.extractor.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    assert len(stages) == len(layers)
+    for stage, layer in zip(stages, layers, strict=True):
+        assert stage.title == (
+            "linear" if isinstance(layer, nn.Linear) else f"conv {'×'.join(map(str, layer.kernel_size))}"
+        )
+        assert stage.shape[0] == layer.weight.shape[0]
+    assert math.prod(stages[-1].shape) == features[0].numel()
+    heights = [stage.shape[1] for stage in stages if len(stage.shape) == 3]
+    assert all(first >= second for first, second in pairwise([size, *heights]))
+    label_stages, logits = stages_of(model.classifier, features)
+    assert label_stages[-1].shape == (10,) == tuple(logits.shape[1:])
+
+
+def test_stages_of_the_small_network():
+    stages, _ = stages_of(DANN("quick", 0.0).eval().extractor, torch.zeros(1, 3, 32, 32))
+    assert [stage.text.split("\n") for stage in stages] == [
+        ["conv 3×3", "batch norm, max pool", "→ 32×16×16"],
+        ["conv 3×3", "batch norm, max pool", "→ 48×8×8"],
+        ["conv 3×3", "batch norm, max pool", "→ 64×4×4"],
+        ["linear", "batch norm", "→ 128"],
+    ]
+
+
+def test_what_the_domain_loss_should_tend_to():
+    """Discriminators that say one half to everything."""
+    half = -math.log(0.5)
+    assert chance_loss(Config(domain_loss="sum"))[0] == pytest.approx(half + half)
+    assert chance_loss(Config(domain_loss="mean"))[0] == pytest.approx((half + half) / 2)
+
+
+def test_lambda_over_a_warm_start_and_two_epochs():
+    epochs, factors = lambda_curve(Config(epochs=2, warm_start_epochs=1, lambda_max=0.5, gamma=10))
+    assert (epochs[0], epochs[-1]) == (0, 3)
+    assert (factors[epochs <= 1] == 0).all()
+    middle = np.interp(2, epochs, factors)  # p = 1/2
+    assert middle == pytest.approx(0.5 * (2 / (1 + math.exp(-5)) - 1), abs=1e-3)
+    epochs, factors = lambda_curve(Config(epochs=2, lambda_update="epoch"))
+    assert (factors[epochs < 1] == 0).all()
+    assert factors[epochs > 1] == pytest.approx(2 / (1 + math.exp(-5)) - 1)
+
+
+# --- python tools/figures.py ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_data, tmp_path_factory):
+    """A run with gradient reversal and its source-only counterpart, of two short epochs each."""
+    folder = tmp_path_factory.mktemp("runs")
+    for method in ("dann", "source-only"):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            arguments = (*SMALL, "--method", method, "--data-dir", tiny_data, "--run-dir", folder / method)
+            monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
+            main.main()
+    return folder
+
+
+def check_figures(folder: Path) -> None:
+    """All of them, as wide as on a screen of high resolution, small, and with something on them."""
+    assert {path.name for path in folder.iterdir() if path.is_file() and path.suffix == ".png"} == {
+        f"{name}.png" for name in NAMES
+    }
+    for name in NAMES:
+        path = folder / f"{name}.png"
+        assert path.stat().st_size < 300_000, name
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        assert pixels.shape[1] == 1700, name
+        assert 0.005 < (pixels < 250).any(2).mean() < 0.9, name
+        edge = np.concatenate((pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
+        assert (edge == 255).all(), f"{name} is cut off, or its page is not white"
+
+
+def test_figures_of_a_run_and_its_source_only_run(runs, tiny_data):
+    """A process, as a reader would start it."""
+    command = [sys.executable, ROOT / "tools/figures.py", runs / "dann", "--compare", runs / "source-only"]
+    command += ["--data-dir", tiny_data, "--device", "cpu", "--no-download"]
+    done = subprocess.run(command, cwd=runs, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    check_figures(runs / "dann" / "figures")
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said == json.loads((runs / "dann" / "figures" / "figures.json").read_text())
+    assert [network["label"] for network in said["networks"]] == ["source only", "DANN"]
+    for network, name in zip(said["networks"], ("source-only", "dann"), strict=True):
+        result = json.loads((runs / name / "result.json").read_text())
+        assert all(network[key] == result[key] for key in ("target_correct", "target_total", "method", "seed"))
+        assert network["samples"] == 126, "all of the 63 svhn images, and as many of MNIST's"
+        assert network["features"] == 128
+    counts, (before, after) = said["target_test_digits"], said["networks"]
+    assert counts["gained"] - counts["lost"] == after["target_correct"] - before["target_correct"]
+
+
+def draw(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["figures.py", *map(str, arguments), "--device", "cpu", "--no-download"])
+    run_script(figures.main)
+
+
+def test_figures_of_a_run_alone(monkeypatch, capsys, runs, tiny_data, tmp_path):
+    """Of one without a domain loss, so that panels stay empty."""
+    draw(monkeypatch, runs / "source-only", "--out", tmp_path, "--data-dir", tiny_data)
+    check_figures(tmp_path)
+    said = json.loads(capsys.readouterr().out)
+    result = json.loads((runs / "source-only" / "result.json").read_text())
+    misread = result["target_total"] - result["target_correct"]
+    assert said["target_test_digits"] == {"total": result["target_total"], "misread": misread}
+
+
+def test_features_do_not_depend_on_the_batch(runs, tiny_data):
+    """Eval mode: in training mode batch norm would mix the images of a batch."""
+    network = load_network(runs / "dann", torch.device("cpu"))
+    network.reader.model.train()
+    images = load_domain("mnist", "test", tiny_data).images[:9]
+    features = network.features(images)
+    assert features.shape == (9, 128)
+    np.testing.assert_allclose(network.features(images[4:5])[0], features[4], atol=1e-5)
+    reader = load_reader(str(runs / "dann"), torch.device("cpu"))
+    with torch.no_grad():
+        expected = reader.model.extractor.layers(reader.preprocess(images)).numpy()
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+
+
+def test_curves_leave_out_what_was_not_measured(runs):
+    network = load_network(runs / "source-only", torch.device("cpu"))
+    assert [values.tolist() for values in column(network, "loss_domain")] == [[], []]
+    epochs, losses = column(network, "loss_label")
+    records = [json.loads(line) for line in (runs / "source-only" / "metrics.jsonl").read_text().splitlines()]
+    assert epochs.tolist() == [1, 2]
+    assert losses.tolist() == [record["loss_label"] for record in records]
+
+
+@pytest.fixture
+def damaged(runs, tmp_path):
+    """A copy of a run's two files to spoil."""
+    for name in ("model.safetensors", "metrics.jsonl"):
+        shutil.copy(runs / "dann" / name, tmp_path)
+    return tmp_path
+
+
+def other_pair(folder: Path) -> None:
+    """A network of the same shape that was trained on other domains."""
+    import safetensors
+    from safetensors.torch import save_file
+
+    path = folder / "model.safetensors"
+    with safetensors.safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["dann"])
+    about["config"] |= {"source": "usps", "target": "mnist"}
+    save_file(load_file(path), path, {"dann": json.dumps(about)})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda run: shutil.rmtree(run), "python main.py --run-dir"),
+        (lambda run: (run / "model.safetensors").unlink(), "python main.py --run-dir"),
+        (lambda run: (run / "model.safetensors").rename(run / "last.pt"), "python main.py --resume"),
+        (lambda run: (run / "model.safetensors").write_bytes(b"weights"), "no safetensors file"),
+        (lambda run: (run / "metrics.jsonl").unlink(), "python main.py --recipe dann --source svhn --target mnist"),
+        (lambda run: (run / "metrics.jsonl").write_text("{"), "metrics.jsonl is damaged"),
+        (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff"), "metrics.jsonl is damaged"),
+        (lambda run: (run / "metrics.jsonl").write_text("[]\n"), "metrics.jsonl is damaged"),
+        (lambda run: (run / "metrics.jsonl").write_text('{"epoch": 1}\n'), "has no 'lambda_p'"),
+        (lambda run: (run / "metrics.jsonl").write_text(""), "metrics.jsonl is empty"),
+    ],
+)
+def test_a_bad_run_is_one_line_that_names_the_command(monkeypatch, capsys, damaged, tiny_data, spoil, told):
+    spoil(damaged)
+    with pytest.raises(SystemExit) as ended:
+        draw(monkeypatch, damaged, "--data-dir", tiny_data)
+    assert ended.value.code == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    assert told in said.err
+    assert str(damaged) in said.err
+
+
+def test_a_run_to_compare_with_must_be_of_the_same_domains(monkeypatch, capsys, runs, damaged, tiny_data):
+    other_pair(damaged)
+    with pytest.raises(SystemExit) as ended:
+        draw(monkeypatch, runs / "dann", "--compare", damaged, "--data-dir", tiny_data)
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "svhn → mnist and usps → mnist" in line
+    assert "--source svhn --target mnist --method source-only --seed 0" in line
+
+
+def test_missing_data_is_one_line_of_a_process(runs, tmp_path):
+    command = [sys.executable, ROOT / "tools/figures.py", runs / "dann", "--out", tmp_path / "out"]
+    command += ["--data-dir", tmp_path / "none", "--no-download", "--device", "cpu"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "python download_data.py" in line
+
+
+# --- what is kept in results/figures ----------------------------------------------------------------
+
+
+def test_kept_figures_are_shown_and_come_from_the_kept_networks():
+    check_figures(KEPT)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in NAMES:
+        assert f"](results/figures/{name}.png)" in readme
+    told = json.loads((KEPT / "figures.json").read_text(encoding="utf-8"))
+    for entry, method in zip(told["networks"], ("source-only", "dann"), strict=True):
+        network = load_network(KEPT / method, torch.device("cpu"))
+        assert network.config.method == method == entry["method"]
+        target = load_domain(entry["target"], "test", ROOT / "data")
+        tested = network.evaluate(target)
+        assert tested.total == entry["target_total"]
+        assert abs(tested.correct - entry["target_correct"]) <= 2  # another machine may round two images away
