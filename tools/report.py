@@ -27,7 +27,7 @@ from utils.files import write_atomically  # noqa: E402
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 SPEED_BEGIN, SPEED_END = "<!-- speed:begin -->", "<!-- speed:end -->"
 PAIRS = (("svhn", "mnist"), ("mnist", "svhn"), ("synth", "optdigits"))
-RECIPES = ("dann", "paper", "cnn-grl", "quick")
+RECIPES = ("dann", "paper", "cnn-grl", "quick", "modern")
 METHODS = {"source-only": "source only", "dann": "**DANN**", "target-only": "trained on target"}
 OFFICIAL_MARKS = {"svhn": "SVHN", "mnist": "MNIST", "usps": "USPS"}  # what published numbers were measured on
 
