@@ -26,6 +26,11 @@ WARM = (
     "--recipe", "cnn-grl", "--dropout", "0", "--warm-start-epochs", "1", "--epochs", "1", "--batch-size", "16",
     "--lr", "0.05",
 )  # fmt: skip
+# A teacher with aligned labels, class-wise reversal, two views; a small rate, since rounding grows fast here.
+TAUGHT = (
+    "--recipe", "modern", "--optimizer", "sgd", "--lr", "0.002", "--confidence", "0.1", "--epochs", "2",
+    "--epoch-steps", "3", "--batch-size", "16",
+)  # fmt: skip
 
 STOPPED = """
 import os, signal, sys
@@ -73,6 +78,7 @@ def two(tiny_data, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]
 def assert_alike(one: Path, other: Path) -> None:
     """The same losses in every epoch and the same weights, to the rounding of fp32."""
     keys = ("epoch", "p", "lambda_p", "learning_rate", "loss_label", "loss_domain", "domain_accuracy")
+    keys += ("loss_teacher", "teacher_share")
     for ours, theirs in zip(metrics(one), metrics(other), strict=True):
         for key in keys:
             close = ours[key] is None if theirs[key] is None else ours[key] == pytest.approx(theirs[key], rel=2e-4)
@@ -89,9 +95,10 @@ def test_two_processes_give_the_losses_of_one(two, tiny_data, tmp_path):
     assert_alike(two[0], tmp_path / "one")
 
 
-def test_two_processes_warm_start_and_adapt_like_one(tiny_data, tmp_path):
+@pytest.mark.parametrize("settings", [WARM, TAUGHT], ids=["warm start", "teacher"])
+def test_two_processes_adapt_like_one(settings, tiny_data, tmp_path):
     for processes in (1, 2):
-        done = train(processes, tmp_path / str(processes), tiny_data, *WARM)
+        done = train(processes, tmp_path / str(processes), tiny_data, *settings)
         assert done.returncode == 0, done.stderr
     assert_alike(tmp_path / "2", tmp_path / "1")
 

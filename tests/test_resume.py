@@ -30,6 +30,8 @@ SMALL = (
     "--lr", 0.002, "--epochs", 3, "--batch-size", 16,
 )  # fmt: skip
 WARM = ("--recipe", "cnn-grl", "--warm-start-epochs", 2, "--epochs", 2, "--batch-size", 16)
+# The teacher's weights, its mean prediction and its count of steps have to come back too.
+TAUGHT = ("--recipe", "modern", "--epochs", 3, "--epoch-steps", 4, "--batch-size", 8, "--confidence", 0.1)
 STEPS_AN_EPOCH = 4
 
 
@@ -87,7 +89,8 @@ def what_is_left(folder):
         state.pop(key)
     for record in (result, state):
         record.pop("command", None)
-    result.pop("commit")
+    for key in ("commit", "seconds_to"):
+        result.pop(key)
     return {"metrics": records, "result": result, "last.pt": state, "weights": load_file(folder / "model.safetensors")}
 
 
@@ -143,6 +146,20 @@ def test_resumed_run_ends_with_the_same_bits(
     assert not (folder / "result.json").exists()
     go_on(folder, tiny_data)
     assert_same(what_is_left(folder), what_is_left(small_run))
+
+
+def test_run_with_a_teacher_ends_with_the_same_bits(monkeypatch, tiny_data, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    start(*TAUGHT, *MACHINE, "--data-dir", tiny_data, "--run-dir", whole)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, "train_step", 6, press_ctrl_c)
+        with pytest.raises(Interrupted):
+            start(*TAUGHT, *MACHINE, "--data-dir", tiny_data, "--run-dir", parts)
+    go_on(parts, tiny_data)
+    expected = what_is_left(whole)
+    assert expected["last.pt"]["teacher"]["steps"] == 12
+    assert expected["metrics"][-1]["loss_teacher"] > 0
+    assert_same(what_is_left(parts), expected)
 
 
 def test_run_interrupted_in_both_phases_ends_with_the_same_bits(monkeypatch, warm_run, tiny_data, tmp_path):
