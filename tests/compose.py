@@ -1,0 +1,100 @@
+"""Compose pictures of several digits with known places, as a camera or a scanner might have taken them."""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A picture and what stands in it, line by line from left to right: digits and their boxes (x0, y0, x1, y1)."""
+
+    picture: Image.Image
+    lines: list[list[int]]
+    boxes: list[tuple[int, int, int, int]]
+
+    @property
+    def digits(self) -> list[int]:
+        """All digits in reading order."""
+        return [digit for line in self.lines for digit in line]
+
+
+def cut_out(image: np.ndarray) -> Image.Image:
+    """A digit as ink coverage, light on dark, without the empty rows and columns around it. Shape: (H, W) uint8."""
+    ink = image > 64
+    rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
+    return Image.fromarray(image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+
+
+def compose(images: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> Composed:
+    """A picture of 3–12 of the given digits in 1–3 lines, each 24–120 pixels on its longer side; none overlap.
+
+    Dark on light or light on dark, in uneven light, out of focus by up to a pixel, with noise, saved as JPEG.
+
+    Shape: images (N, H, W) uint8, light digits on black; labels (N,)
+    """
+    count = int(rng.integers(3, 13))
+    lines = np.array_split(rng.permutation(len(images))[:count], rng.integers(1, 4))
+    cover, boxes, y = np.zeros((1000, 3000), np.float32), [], int(rng.integers(10, 60))
+    for line in lines:
+        size = rng.uniform(28, 105)
+        x = int(rng.integers(10, 80))
+        y0 = y1 = y
+        for index in line:
+            digit = cut_out(images[index])
+            scale = np.clip(size * rng.uniform(0.87, 1.14), 24, 120) / max(digit.size)
+            width, height = (max(2, round(side * scale)) for side in digit.size)
+            pixels = np.asarray(digit.resize((width, height), Image.BICUBIC), np.float32) / 255
+            top = y0 + int(rng.uniform(0, 0.2) * size)
+            cover[top : top + height, x : x + width] = pixels
+            boxes.append((x, top, x + width, top + height))
+            x += width + max(4, int(rng.uniform(0.12, 0.7) * size))
+            y1 = max(y1, top + height)
+        y = y1 + max(6, int(rng.uniform(0.2, 0.7) * size))
+    right = max(box[2] for box in boxes) + int(rng.integers(10, 60))
+    bottom = max(box[3] for box in boxes) + int(rng.integers(10, 60))
+    picture = photograph(cover[:bottom, :right], rng)
+    return Composed(picture, [[int(labels[i]) for i in line] for line in lines], boxes)
+
+
+def photograph(cover: np.ndarray, rng: np.random.Generator) -> Image.Image:
+    """Ink on paper, or chalk on slate, as a camera takes it. Shape: (H, W) in [0, 1]."""
+    height, width = cover.shape
+    paper, ink = rng.uniform(0.7, 0.98, 3), rng.uniform(0.02, 0.35, 3)
+    if rng.random() < 0.5:
+        paper, ink = ink, paper
+    page = paper + cover[..., None] * (ink - paper)
+    corners = Image.fromarray(rng.uniform(0.45, 1, (2, 2)).astype(np.float32))
+    light = np.asarray(corners.resize((width, height), Image.BILINEAR))[..., None]
+    blurred = Image.fromarray((255 * page * light).astype(np.uint8)).filter(ImageFilter.GaussianBlur(rng.uniform(0, 1)))
+    noisy = np.asarray(blurred, np.float32) + rng.normal(0, rng.uniform(1, 10), (height, width, 3))
+    file = io.BytesIO()
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=int(rng.integers(40, 95)))
+    return Image.open(file).convert("RGB")
+
+
+def overlap(a: tuple[int, ...], b: tuple[int, ...]) -> float:
+    """Intersection over union of two boxes."""
+    wide = min(a[2], b[2]) - max(a[0], b[0])
+    high = min(a[3], b[3]) - max(a[1], b[1])
+    if min(wide, high) <= 0:
+        return 0.0
+    shared = wide * high
+    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+
+
+def hits(found: list, true: list) -> list[tuple[int, int]]:
+    """Pairs (i, j): found[i] is the box for true[j]. Their overlap is at least 0.5; each box is used once."""
+    pairs = sorted(((overlap(a, b), i, j) for i, a in enumerate(found) for j, b in enumerate(true)), reverse=True)
+    matched: dict[int, int] = {}
+    for share, i, j in pairs:
+        if share >= 0.5 and i not in matched and j not in matched.values():
+            matched[i] = j
+    return sorted(matched.items())
+
+
+def f1(right: int, found: int, true: int) -> float:
+    """Harmonic mean of precision right / found and recall right / true."""
+    return 2 * right / max(1, found + true)
