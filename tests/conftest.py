@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.io import savemat
 
 import main
+from data_loader import load_domain
 
 TINY_COUNTS = {"svhn": (40, 23), "mnist": (64, 37), "usps": (30, 11)}  # training and test images of `tiny_data`
 
@@ -76,6 +78,15 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("needs real data: set DANN_DATA_DIR to a folder that download_data.py has filled")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def large_optdigits() -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's training digits, enlarged without steps. Shape: (1297, 40, 40) uint8 and (1297,)."""
+    digits = load_domain("optdigits", "train", Path())
+    framed = np.pad(digits.images[:, 0].numpy(), ((0, 0), (1, 1), (1, 1)))
+    images = [np.asarray(Image.fromarray(image).resize((40, 40), Image.BICUBIC)) for image in framed]
+    return np.stack(images), digits.labels.numpy()
 
 
 class Killed(Exception):
