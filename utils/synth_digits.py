@@ -54,7 +54,7 @@ RAMP = np.linspace(-1, 1, SIZE, dtype=np.float32)  # from one edge of the image 
 
 
 @functools.cache
-def _glyphs() -> tuple[list[list[Image.Image]], list[float]]:
+def glyphs() -> tuple[list[list[Image.Image]], list[float]]:
     """Every face's ten digits as signed distance maps, and how far a digit advances the line.
 
     A distance map scales and turns smoothly, and adding to it makes every stroke bolder.
@@ -140,7 +140,7 @@ def _draw_number(rng: np.random.Generator, label: int) -> np.ndarray:
 
     Shape: -> (SIZE + 2 SHADOW, SIZE + 2 SHADOW), float32 in pixels of the image, positive inside a stroke.
     """
-    tiles, advance = _glyphs()
+    tiles, advance = glyphs()
     face = rng.integers(len(FACES))
     length = rng.integers(1, 4)
     digits = rng.integers(10, size=length)
@@ -252,7 +252,7 @@ def _render_chunks(
     if min(workers, len(starts)) < 2 or sys.platform != "linux":
         yield from map(_render_range, seeds, starts, counts)
         return
-    _glyphs()  # measured once, here: the workers inherit the tiles
+    glyphs()  # measured once, here: the workers inherit the tiles
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(min(workers, len(starts)), context, _start_worker)
     try:
