@@ -11,8 +11,10 @@ import pickle
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,7 @@ import main
 import valid
 from data_loader import Preprocessing
 from model import DANN
-from utils import checkpoint, machine, pretrained
+from utils import checkpoint, machine, pictures, pretrained
 from utils.checkpoint import load_weights, save_weights
 from utils.cli import Interrupted, UserError, run_script
 from utils.config import recipe_config, to_dict
@@ -681,8 +683,9 @@ def test_a_picture_that_is_none(fail, run_of_main, picture, tmp_path, content):
 
 @pytest.mark.parametrize("size", [(200, 200), (1, 5000), (5000, 1)])
 def test_a_picture_that_is_too_large(monkeypatch, fail, run_of_main, tmp_path, size):
-    """Also one whose padding to a square would be: a line of pixels takes the memory of its length squared."""
-    monkeypatch.setattr(image_annotate, "LARGEST_PIXELS", 10_000)
+    """In pixels, or in the length of a side."""
+    monkeypatch.setattr(pictures, "LARGEST_PIXELS", 10_000)
+    monkeypatch.setattr(pictures, "LARGEST_SIDE", 1000)
     path = tmp_path / "large.png"
     Image.new("L", size).save(path)
     message = fail(image_annotate, "-f", path, "--weights", run_of_main, "--output-dir", tmp_path / "out")
@@ -691,21 +694,37 @@ def test_a_picture_that_is_too_large(monkeypatch, fail, run_of_main, tmp_path, s
     assert not (tmp_path / "out").exists()
 
 
-def test_a_picture_is_not_written_over(fail, run_of_main, picture, tmp_path):
-    other = tmp_path / "seven-annotated.png"
-    shutil.copy(picture, other)
-    before = other.read_bytes()
-    message = fail(image_annotate, "-f", picture, other, "--weights", run_of_main, "--output-dir", tmp_path)
-    assert "--output-dir" in message
-    assert other.read_bytes() == before
+def png_of_size(width, height):
+    """A PNG file of a hundred bytes that says how large it is, and has hardly a pixel."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
 
 
-def test_two_pictures_of_one_name(fail, run_of_main, picture, tmp_path):
-    """Both readings can't go into one file: nothing is lost without a word."""
-    (tmp_path / "other").mkdir()
-    shutil.copy(picture, tmp_path / "other")
-    arguments = ("-f", picture, tmp_path / "other" / picture.name, "--weights", run_of_main)
-    assert "seven" in fail(image_annotate, *arguments, "--output-dir", tmp_path / "out")
+@pytest.mark.parametrize("size", [(0, 0), (0, 20), (9_500, 9_500), (60_000, 60_000)])
+def test_a_picture_that_only_claims_its_size(fail, run_of_main, tmp_path, size):
+    """Nothing, as much as makes Pillow warn, and a bomb of ten gigabytes in a hundred bytes."""
+    path = tmp_path / "claim.png"
+    path.write_bytes(png_of_size(*size))
+    message = fail(image_annotate, "-f", path, "--weights", run_of_main, "--output-dir", tmp_path / "out")
+    assert "claim.png" in message
+    assert ("smaller" in message) == (min(size) > 0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_pictures(fail, run_of_main, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no picture")
+    message = fail(image_annotate, "-f", tmp_path / "empty", "--weights", run_of_main)
+    assert f"there is no picture in the folder {tmp_path / 'empty'}" in message
+
+
+def test_weights_to_compare_with_that_are_none(fail, run_of_main, picture, tmp_path):
+    arguments = ("-f", picture, "--weights", run_of_main, "--output-dir", tmp_path / "out")
+    assert "no weights at nowhere" in fail(image_annotate, *arguments, "--compare", "nowhere")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_output_folder_that_cannot_be(fail, run_of_main, picture):
@@ -714,7 +733,7 @@ def test_an_output_folder_that_cannot_be(fail, run_of_main, picture):
 
 
 def test_full_disk_for_a_picture(monkeypatch, fail, run_of_main, picture, tmp_path):
-    def save_half(page, file, *arguments):
+    def save_half(page, file, *arguments, **options):
         Path(file).write_bytes(b"\x89PNG")
         raise DISK_FULL
 

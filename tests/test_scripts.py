@@ -16,15 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import data_loader
-import image_annotate
 import main
-import valid
-from utils import pretrained
 from utils.config import RECIPES, recipe_config, to_dict
 from utils.synth_digits import render_digits
 
@@ -448,112 +445,3 @@ def test_commands_of_the_readme(monkeypatch, capsys):
                 main.configure(*parsed, torch.device("cpu"))  # settings out of range, or that do not fit each other
         except SystemExit as ended:
             pytest.fail(f"python {shlex.join([script, *arguments])} exits {ended.code}: {capsys.readouterr().err}")
-
-
-# --- python image_annotate.py -----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def weights(tiny_data, tmp_path_factory):
-    """The folder of a run of the small network."""
-    folder = tmp_path_factory.mktemp("annotate") / "run"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        start(monkeypatch, *SMALL, "--normalisation", "per-image", "--data-dir", tiny_data, "--run-dir", folder)
-    return folder
-
-
-@pytest.fixture
-def seven(tmp_path):
-    """A picture of a digit, wider than high."""
-    picture = Image.new("RGB", (40, 30), (200, 180, 90))
-    ImageDraw.Draw(picture).line([(12, 6), (26, 6), (17, 25)], (20, 30, 120), 3)
-    picture.save(tmp_path / "seven.png")
-    return tmp_path / "seven.png"
-
-
-def annotate(monkeypatch, capsys, *arguments):
-    """Run image_annotate.py in this process; returns what each line of its stdout says."""
-    monkeypatch.setattr(sys, "argv", ["image_annotate.py", *map(str, arguments)])
-    capsys.readouterr()
-    image_annotate.main()
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
-
-@pytest.fixture(autouse=True)
-def _shelf(monkeypatch, tmp_path_factory):
-    """An index of weights of the tests' own, for what runs in this process."""
-    shelf = tmp_path_factory.mktemp("shelf")
-    index = {"default": "none", "weights": {"none": {"file": "none", "sha256": "0" * 64, "url": None}}}
-    (shelf / "index.json").write_text(json.dumps(index))
-    monkeypatch.setattr(pretrained, "PRETRAINED", shelf)
-
-
-def test_annotating_a_picture(weights, seven, tmp_path):
-    """`python image_annotate.py -f seven.png`, a process: the reading on stdout, and the picture with a caption."""
-    out = tmp_path / "out"
-    done = run_script("image_annotate.py", "-f", seven, "--weights", weights, "--output-dir", out, "--device", "cpu")
-    assert done.returncode == 0, done.stderr
-    (line,) = done.stdout.splitlines()
-    said = json.loads(line)
-    assert said["image"] == str(seven)
-    assert said["annotated"] == str(out / "seven-annotated.png")
-    assert [path.name for path in out.iterdir()] == ["seven-annotated.png"]
-
-    # The reading, from the pixels on: padded to a square with the colour of the border, and the network's answer.
-    square = np.full((40, 40, 3), (200, 180, 90), np.uint8)
-    square[5:35] = np.asarray(Image.open(seven))
-    reader = valid.load_reader(str(weights), torch.device("cpu"))
-    with torch.no_grad():
-        logits = reader.model(reader.preprocess(torch.from_numpy(square).permute(2, 0, 1)[None]))
-    probabilities = logits[0].double().exp() / logits[0].double().exp().sum()
-    assert said["digit"] == int(probabilities.argmax())
-    assert said["confidence"] == pytest.approx(float(probabilities.max()), abs=2e-4)
-
-    # The picture itself is there, enlarged without blurring, with something written below it.
-    page, picture = np.asarray(Image.open(out / "seven-annotated.png")), np.asarray(Image.open(seven))
-    scale = page.shape[1] // 40
-    assert scale * 40 >= 256
-    assert (page[: 30 * scale, : 40 * scale] == picture.repeat(scale, 0).repeat(scale, 1)).all()
-    caption = page[30 * scale :]
-    assert len(caption) >= 20
-    assert (caption.min(), caption.max()) < (100, 256), "black on white"
-
-
-def test_pictures_of_every_kind_are_read_alike(monkeypatch, capsys, weights, tmp_path):
-    """Grey, palette, transparent, 16-bit and turned by its camera: what looks the same is read the same."""
-    grey = np.full((24, 24), 255, np.uint8)
-    grey[4:7, 6:18] = grey[7:20, 12:15] = 0  # black on white
-    picture = Image.fromarray(grey)
-    picture.save(tmp_path / "grey.png")
-    picture.convert("RGB").save(tmp_path / "colour.bmp")
-    picture.convert("P").save(tmp_path / "palette.png")
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    black = np.zeros((24, 24, 4), np.uint8)
-    black[..., 3] = 255 - grey
-    Image.fromarray(black).save(tmp_path / "transparent.png")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise by a quarter to be seen upright
-    picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
-    files = sorted(path for path in tmp_path.iterdir() if path.is_file())
-    assert len(files) == 6
-    lines = annotate(monkeypatch, capsys, "-f", *files, "--weights", weights, "--output-dir", tmp_path / "out")
-    assert [line["image"] for line in lines] == [str(path) for path in files]
-    assert len({(line["digit"], line["confidence"]) for line in lines}) == 1, lines
-    assert len(list((tmp_path / "out").iterdir())) == 6
-
-
-def test_pictures_that_differ_are_read_differently(monkeypatch, capsys, weights, seven, tmp_path):
-    """The counterpart of the test above."""
-    Image.open(seven).rotate(180).save(tmp_path / "turned.png")
-    arguments = ("-f", seven, tmp_path / "turned.png", "--weights", weights, "--output-dir", tmp_path / "out")
-    first, second = annotate(monkeypatch, capsys, *arguments)
-    assert first["confidence"] != second["confidence"]
-
-
-def test_a_name_among_the_images_of_the_code(monkeypatch, capsys, weights, seven, tmp_path):
-    (tmp_path / "images").mkdir()
-    shutil.move(seven, tmp_path / "images" / "a digit.png")
-    monkeypatch.setattr(image_annotate, "IMAGES", tmp_path / "images")
-    (line,) = annotate(monkeypatch, capsys, "-f", "a digit.png", "--weights", weights, "--output-dir", tmp_path / "out")
-    assert line["image"] == str(tmp_path / "images" / "a digit.png")
-    assert Path(line["annotated"]).exists()
