@@ -18,10 +18,11 @@ from PIL import Image, ImageShow
 from torch import Tensor
 
 from utils import machine
+from utils.boxes import Box, reading_order
 from utils.cli import run_script, script_parser
 from utils.draw_digits import COLOURS, draw_digits, lay_out, side_by_side
 from utils.files import make_folder
-from utils.find_digits import Box, Candidate, find_digits, frame, reading_order
+from utils.find_digits import Candidate, find_digits, frame
 from utils.pictures import open_picture, output_for, pictures_named, save_picture
 from utils.run_log import say
 from valid import Reader, load_reader, predict

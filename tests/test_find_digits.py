@@ -6,8 +6,9 @@ from compose import Composed, compose, f1, hits, overlap
 from PIL import Image, ImageDraw
 
 from data_loader import load_domain
-from utils.draw_digits import LEAST_FONT, LEAST_SIDE, draw_digits, lay_out, side_by_side
-from utils.find_digits import find_digits, frame, reading_order
+from utils.boxes import reading_order
+from utils.draw_digits import LEAST_SIDE, draw_digits, lay_out, side_by_side
+from utils.find_digits import find_digits, frame
 
 WHITE, GREY, BLACK = (255,) * 3, (128,) * 3, (0,) * 3
 
@@ -82,14 +83,28 @@ def test_light_that_falls_off():
 
 
 def test_a_plate_on_a_wall():
-    """Light digits on a dark plate with a frame, on a light wall: neither plate nor frame is a digit."""
-    picture = Image.new("RGB", (600, 400), (200, 190, 180))
+    """Digits of the wall's own colour on a dark plate with a frame: they stand out from the plate alone."""
+    wall = (200, 190, 180)
+    picture = Image.new("RGB", (600, 400), wall)
     draw = ImageDraw.Draw(picture)
     draw.rectangle((180, 120, 460, 280), (20, 40, 100))
-    draw.rectangle((188, 128, 452, 272), outline=WHITE, width=4)
+    draw.rectangle((188, 128, 452, 272), outline=wall, width=4)
     places = [(x, 160, x + 50, 240) for x in (220, 300, 380)]
     for x, y, _, _ in places:
-        draw_five(draw, x, y, WHITE)
+        draw_five(draw, x, y, wall)
+    found = boxes_of(picture)
+    assert len(found) == 3, found
+    assert all(overlap(a, b) > 0.8 for a, b in zip(found, places, strict=True))
+
+
+def test_a_digit_in_a_frame():
+    """As on a form: each digit stands in a box of its own, drawn with the same pen."""
+    picture = Image.new("RGB", (400, 200), WHITE)
+    draw = ImageDraw.Draw(picture)
+    places = [(x, 60, x + 50, 140) for x in (60, 180, 300)]
+    for x, y, _, _ in places:
+        draw.rectangle((x - 25, y - 25, x + 75, y + 105), outline=BLACK, width=4)
+        draw_five(draw, x, y, BLACK)
     found = boxes_of(picture)
     assert len(found) == 3, found
     assert all(overlap(a, b) > 0.8 for a, b in zip(found, places, strict=True))
@@ -247,7 +262,7 @@ def test_labels_lie_free(side):
         assert max(place[1] - label[3], label[1] - place[3], 0) <= layout.font, "beside its own box"
         assert label[0] < place[2] + layout.font
         assert place[0] < label[2] + layout.font
-    assert layout.font >= max(LEAST_FONT, 0.0035 * max(width, height))
+    assert layout.font >= max(12, 0.0035 * max(width, height))
     assert max(size) * layout.scale >= LEAST_SIDE
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.find_digits import Box
+from utils.boxes import Box, overlap
 
 LEAST_SIDE = 400  # pixels: smaller pictures are enlarged
 LEAST_FONT = 13  # pixels
@@ -32,11 +32,6 @@ class Layout:
 def font_of(size: int) -> ImageFont.FreeTypeFont:
     """The font of labels, so many pixels high."""
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans-Bold.ttf"), size)
-
-
-def overlap(a: Box, b: Box) -> bool:
-    """Whether two boxes share a pixel."""
-    return min(a[2], b[2]) > max(a[0], b[0]) and min(a[3], b[3]) > max(a[1], b[1])
 
 
 def place_labels(boxes: list[Box], sizes: list[tuple[int, int]], gap: int, page: tuple[int, int]) -> list[Box]:

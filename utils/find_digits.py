@@ -15,7 +15,7 @@ from skimage.filters import gaussian
 from skimage.filters.rank import median
 from skimage.measure import label, regionprops
 
-Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, x1 and y1 beyond the last one
+from utils.boxes import Box, contains, distance, share_within, union
 
 SEARCHED_SIDE = 1200  # pixels: larger pictures are searched at this size
 BACKGROUND_SIDE = 128  # pixels: backgrounds are smooth, so that a small copy shows them
@@ -57,23 +57,6 @@ class Candidate:
     def filled(self) -> float:
         """Share of the box that is ink."""
         return self.area / self.ink.size
-
-
-def distance(a: Box, b: Box) -> float:
-    """Pixels between two boxes; 0 where they touch or overlap."""
-    across = max(0, max(a[0], b[0]) - min(a[2], b[2]))
-    down = max(0, max(a[1], b[1]) - min(a[3], b[3]))
-    return float(np.hypot(across, down))
-
-
-def union(a: Box, b: Box) -> Box:
-    """The smallest box around two."""
-    return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
-
-
-def contains(a: Box, b: Box) -> bool:
-    """Whether box `b` lies within `a`."""
-    return union(a, b) == a
 
 
 def background(grey: np.ndarray, window: float) -> np.ndarray:
@@ -198,6 +181,20 @@ def has_shape_of_digit(candidate: Candidate) -> bool:
     )
 
 
+def is_frame(candidate: Candidate, others: list[Candidate]) -> bool:
+    """Whether it goes around what no digit goes around: more ink than its own, or another digit as clear as itself."""
+    held = [other for other in others if other is not candidate and contains(candidate.box, other.box)]
+    return any(
+        other.area > candidate.area
+        or (
+            has_shape_of_digit(other)
+            and other.height > 0.3 * candidate.height
+            and other.contrast > 0.6 * candidate.contrast
+        )
+        for other in held
+    )
+
+
 def is_crumb(candidate: Candidate, others: list[Candidate]) -> bool:
     """Whether it is a blot beside or within something much larger."""
     return any(
@@ -209,10 +206,12 @@ def is_crumb(candidate: Candidate, others: list[Candidate]) -> bool:
 
 
 def is_ghost(candidate: Candidate, others: list[Candidate]) -> bool:
-    """Whether it is far fainter than what stands next to it: a patch of ground between strokes."""
+    """Whether it is a patch of ground between strokes: far fainter than what is near, or half within its box."""
     return any(
-        candidate.contrast < 0.45 * other.contrast and distance(candidate.box, other.box) < other.height
+        (candidate.contrast < 0.45 * other.contrast and distance(candidate.box, other.box) < other.height)
+        or (candidate.area < other.area and share_within(candidate.box, other.box) > 0.5)
         for other in others
+        if other is not candidate
     )
 
 
@@ -221,11 +220,9 @@ def find_at(grey: np.ndarray, window: float, noise: float) -> tuple[list[Candida
     ground = background(grey, window)
     difference = gaussian(grey, BLUR) - ground
     floor = max(LEAST_CONTRAST, 3 * noise)
-    found = [c for sign in (1, -1) for c in join_pieces(find_strokes(sign * difference, floor))]
-    found = [c for c in found if has_shape_of_digit(c)]
-    found = [c for c in found if not is_crumb(c, found)]
-    # A frame holds digits, no digit does.
-    return [c for c in found if sum(contains(c.box, other.box) for other in found) < 3], ground
+    pieces = [c for sign in (1, -1) for c in join_pieces(find_strokes(sign * difference, floor))]
+    found = [c for c in pieces if has_shape_of_digit(c) and not is_frame(c, pieces)]
+    return [c for c in found if not is_crumb(c, found)], ground
 
 
 def find_digits(picture: Image.Image) -> list[Candidate]:
@@ -252,34 +249,12 @@ def find_digits(picture: Image.Image) -> list[Candidate]:
             area = np.s_[max(0, y0 - margin) : y1 + margin, max(0, x0 - margin) : x1 + margin]
             grey[area] = ground[area]
     tallest = max((c.height for c in kept), default=0)
-    strongest = max((c.contrast for c in kept), default=0)
     back = (picture.width / width, picture.height / height) * 2
     return [
         Candidate(tuple(round(v * k) for v, k in zip(c.box, back, strict=True)), c.ink, c.contrast, c.stroke, c.holes)
         for c in kept
-        if c.height > 0.15 * tallest and c.contrast > 0.2 * strongest and not is_ghost(c, kept)
+        if c.height > 0.15 * tallest and not is_ghost(c, kept)
     ]
-
-
-def reading_order(boxes: list[Box]) -> list[list[int]]:
-    """Indices of boxes, line by line from the top, each line from left to right; lines may slant.
-
-    A box continues the line whose last box overlaps its height by half of the smaller height, or begins one.
-    """
-    lines: list[list[int]] = []
-    for index in sorted(range(len(boxes)), key=lambda i: boxes[i][0] + boxes[i][2]):
-        _, y0, _, y1 = boxes[index]
-
-        def overlap(line: list[int], y0: int = y0, y1: int = y1) -> float:
-            _, top, _, bottom = boxes[line[-1]]
-            return (min(y1, bottom) - max(y0, top)) / max(1, min(y1 - y0, bottom - top))
-
-        best = max(lines, key=overlap, default=None)
-        if best is not None and overlap(best) >= 0.5:
-            best.append(index)
-        else:
-            lines.append([index])
-    return sorted(lines, key=lambda line: sum(boxes[i][1] + boxes[i][3] for i in line) / len(line))
 
 
 def frame(ink: np.ndarray, fill: float, centre_of_mass: float | None) -> np.ndarray:
