@@ -478,7 +478,7 @@ def test(trainer: Trainer, preprocess: Preprocessing) -> tuple[Evaluation, Evalu
 
 def target_signals(trainer: Trainer, preprocess: Preprocessing) -> dict[str, float]:
     """How adaptation fares, by unlabelled target training images, SIGNAL_IMAGES spread over the set."""
-    images = trainer.pair.target_images
+    images = trainer.loader.images_t  # resized already
     images = images[:: max(1, len(images) // SIGNAL_IMAGES)]
     return label_free_signals(predict(trainer.tested_model, images, preprocess, trainer.device, trainer.precision))
 

@@ -3,16 +3,20 @@
 Convolutions and matrix products count; batch norm, activations, pooling and the optimiser, a few per cent, do not.
 """
 
+import functools
+
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from model import DANN, NETWORKS
 from utils.config import Config
 
 
+@functools.cache
 @torch.no_grad()
 def operations(config: Config) -> dict[str, int]:
     """Operations of one image's forward pass through each part of the network."""
+    from torch.utils.flop_counter import FlopCounterMode  # imported where it is needed: a second
+
     network = NETWORKS[config.network]
     with torch.device("meta"):  # shapes alone, no weights
         model = DANN(config.network, config.dropout).eval()
