@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_loader import DOMAINS, DigitSet, MissingData, Preprocessing, load_domain
 from download_data import fetch
@@ -50,19 +50,26 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def predict(model: DANN, images: Tensor, preprocess: Preprocessing, device: torch.device, precision: str) -> Tensor:
-    """Class probabilities of uint8 images of any size, in eval mode; the model's own mode is restored.
+def outputs(
+    module: nn.Module, images: Tensor, preprocess: Preprocessing, device: torch.device, precision: str
+) -> Tensor:
+    """What a network, or its extractor, makes of uint8 images of any size, in eval mode; its own mode is restored.
 
-    Shape: (N, C, H, W) uint8 -> (N, 10) float32 on the CPU, rows sum to 1
+    Shape: (N, C, H, W) uint8 -> (N, F) float32 on the device
     """
-    was_training = model.training
-    model.eval()
-    logits = []
+    was_training = module.training
+    module.eval()
+    parts = []
     for part in images.split(EVALUATION_BATCH):
         with machine.autocast(device, precision):
-            logits.append(model(preprocess(part.to(device))).float())
-    model.train(was_training)
-    return torch.cat(logits).softmax(1).cpu()
+            parts.append(module(preprocess(part.to(device))).float())
+    module.train(was_training)
+    return torch.cat(parts)
+
+
+def predict(model: DANN, images: Tensor, preprocess: Preprocessing, device: torch.device, precision: str) -> Tensor:
+    """Class probabilities of uint8 images of any size. Shape: (N, C, H, W) uint8 -> (N, 10) float32 on the CPU."""
+    return outputs(model, images, preprocess, device, precision).softmax(1).cpu()
 
 
 def evaluate(
@@ -82,6 +89,10 @@ class Reader:
     preprocess: Preprocessing
     config: Config
     path: Path
+
+    def precision_on(self, device: torch.device) -> str:
+        """As trained, or fp32 where the machine has no bf16."""
+        return self.config.precision if machine.has_bf16(device) else "fp32"
 
 
 def load_reader(name: str | None, device: torch.device, allow_download: bool = True) -> Reader:
@@ -184,10 +195,7 @@ def main() -> None:
     device = machine.choose_device(args.device)
     machine.keep_memory(device)
     reader = load_reader(args.weights, device, args.download)
-    trained = reader.config.precision
-    precision = trained if args.precision == "as-trained" else args.precision
-    if args.precision == "as-trained" and not machine.has_bf16(device):
-        precision = "fp32"
+    precision = reader.precision_on(device) if args.precision == "as-trained" else args.precision
     everything = bool(args.domains) and "all" in args.domains
     names = list(DOMAINS) if everything else args.domains or [reader.config.source, reader.config.target]
     say(f"{machine.header(device, precision)}; weights {reader.path}")

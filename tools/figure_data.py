@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from data_loader import DigitSet
-from utils import machine
+from tools.tables import METHOD_NAMES
 from utils.cli import UserError
 from utils.config import Config
-from valid import EVALUATION_BATCH, Evaluation, Reader, evaluate, load_reader, load_side_by_side, predict
+from valid import Evaluation, Reader, evaluate, load_reader, load_side_by_side, outputs, predict
 
-METHODS = {"source-only": "source only", "dann": "DANN", "target-only": "trained on target"}
 ALWAYS = ("epoch", "lambda_p", "learning_rate", "loss_label", "source_accuracy", "target_accuracy")
 WHERE_ADAPTED = ("loss_domain", "domain_accuracy")  # null in an epoch without gradient reversal
 
@@ -42,8 +41,8 @@ class Network:
 
     @property
     def precision(self) -> str:
-        """As trained, or fp32 where the machine has no bf16: what valid.py tests with."""
-        return self.config.precision if machine.has_bf16(self.device) else "fp32"
+        """What valid.py tests with."""
+        return self.reader.precision_on(self.device)
 
     def evaluate(self, digits: DigitSet) -> Evaluation:
         """Counts of right and wrong, by the one accuracy code."""
@@ -53,15 +52,10 @@ class Network:
         """The digit read in each image. Shape: (N, C, H, W) uint8 -> (N,) int64"""
         return predict(self.reader.model, images, self.reader.preprocess, self.device, self.precision).argmax(1)
 
-    @torch.inference_mode()
     def features(self, images: Tensor) -> np.ndarray:
         """What the extractor makes of the images, in eval mode. Shape: (N, C, H, W) uint8 -> (N, F) float32"""
-        self.reader.model.eval()
-        parts = []
-        for part in images.split(EVALUATION_BATCH):
-            with machine.autocast(self.device, self.precision):
-                parts.append(self.reader.model.extractor(self.reader.preprocess(part.to(self.device))).float().cpu())
-        return torch.cat(parts).numpy()
+        extractor = self.reader.model.extractor
+        return outputs(extractor, images, self.reader.preprocess, self.device, self.precision).cpu().numpy()
 
 
 def training_command(config: Config, folder: Path, method: str | None = None) -> str:
@@ -84,7 +78,7 @@ def load_network(folder: Path, device: torch.device) -> Network:
     reader = load_reader(str(folder), device, allow_download=False)
     again = training_command(reader.config, folder.with_name(folder.name + "-again"))
     records = read_records(folder / "metrics.jsonl", f"train the run again with `{again}`")
-    return Network(METHODS[reader.config.method], reader, records, device)
+    return Network(METHOD_NAMES[reader.config.method], reader, records, device)
 
 
 def read_records(path: Path, mend: str) -> list[dict]:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tools.report_speed import speed_report  # noqa: E402
-from tools.tables import code, escape, markdown_table, read_record  # noqa: E402
+from tools.tables import METHOD_NAMES, code, escape, markdown_table, read_record  # noqa: E402
 from utils.cli import UserError, run_script, script_parser  # noqa: E402
 from utils.files import write_atomically  # noqa: E402
 
@@ -28,7 +28,7 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 SPEED_BEGIN, SPEED_END = "<!-- speed:begin -->", "<!-- speed:end -->"
 PAIRS = (("svhn", "mnist"), ("mnist", "svhn"), ("synth", "optdigits"))
 RECIPES = ("dann", "paper", "cnn-grl", "quick", "modern")
-METHODS = {"source-only": "source only", "dann": "**DANN**", "target-only": "trained on target"}
+METHODS = METHOD_NAMES | {"dann": "**DANN**"}
 OFFICIAL_MARKS = {"svhn": "SVHN", "mnist": "MNIST", "usps": "USPS"}  # what published numbers were measured on
 
 MARKS = ("source_mark", "target_mark", "source_test_mark", "target_test_mark")

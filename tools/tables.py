@@ -1,10 +1,12 @@
-"""What the README's tables share: reading a record, and Markdown."""
+"""What the README's tables and figures share: names of the methods, reading a record, and Markdown."""
 
 import json
 import re
 from pathlib import Path
 
 from utils.cli import UserError
+
+METHOD_NAMES = {"source-only": "source only", "dann": "DANN", "target-only": "trained on target"}
 
 
 def read_record(path: Path) -> dict:

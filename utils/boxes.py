@@ -43,12 +43,12 @@ def reading_order(boxes: list[Box]) -> list[list[int]]:
     for index in sorted(range(len(boxes)), key=lambda i: boxes[i][0] + boxes[i][2]):
         _, y0, _, y1 = boxes[index]
 
-        def overlap(line: list[int], y0: int = y0, y1: int = y1) -> float:
+        def common_height(line: list[int], y0: int = y0, y1: int = y1) -> float:
             _, top, _, bottom = boxes[line[-1]]
             return (min(y1, bottom) - max(y0, top)) / max(1, min(y1 - y0, bottom - top))
 
-        best = max(lines, key=overlap, default=None)
-        if best is not None and overlap(best) >= 0.5:
+        best = max(lines, key=common_height, default=None)
+        if best is not None and common_height(best) >= 0.5:
             best.append(index)
         else:
             lines.append([index])
