@@ -48,7 +48,7 @@ class Config:
     dropout: float = _setting(0.5, "network", "dropout probability")
     max_norm: float = _setting(0.0, "network", "bound on the l2 norm of each unit's incoming weights; 0: none")
 
-    epochs: int = _setting(100, "schedule", "passes over the larger set, or --epoch-steps each; p runs from 0 to 1")
+    epochs: int = _setting(100, "schedule", "passes over the larger set, or epochs of set length; p runs from 0 to 1")
     warm_start_epochs: int = _setting(0, "schedule", "passes on source labels alone before these")
     frozen_convolutions: tuple[int, ...] = _setting(
         (), "schedule", "convolutions (from 1) that stay as the warm start left them"
