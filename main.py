@@ -38,6 +38,7 @@ from data_loader import (
 )
 from model import CLASSES, DANN, NETWORKS, domain_loss, predicted_target
 from utils import distributed, machine
+from utils.board import Board
 from utils.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from utils.cli import Interrupted, UserError, run_script, script_parser
 from utils.config import (
@@ -421,6 +422,9 @@ def train(trainer: Trainer, preprocess: Preprocessing, log: RunLog) -> tuple[Eva
     before = trainer.seconds
     started = time.perf_counter()
     tested = None
+    board = Board(trainer, log) if trainer.processes.writes else None
+    if board and not trainer.epoch and not trainer.step:
+        board.embed(0)
 
     while trainer.epoch < trainer.epochs:
         epoch_started = time.perf_counter()
@@ -449,10 +453,7 @@ def train(trainer: Trainer, preprocess: Preprocessing, log: RunLog) -> tuple[Eva
             record = epoch_record(trainer, outcome, tested) | signals
             record["images_per_second"] = images / train_seconds
             log.epoch(record)
-            step = trainer.epoch * trainer.loader.steps - 1  # the last one done: a resumed run keeps it
-            log.scalars(step, {f"test/{name}_accuracy": record[f"{name}_accuracy"] for name in ("source", "target")})
-            log.scalars(step, {"train/images_per_second": record["images_per_second"]})
-            log.scalars(step, {f"target/{name}": value for name, value in signals.items()})
+            board.epoch(record, signals, tested[1])
             say(epoch_line(record, trainer.epochs, time.perf_counter() - epoch_started))
             if record["loss_domain"] is not None and signals["smallest_class_share"] < COLLAPSED_SHARE:
                 warning = (

@@ -21,12 +21,12 @@ from data_loader import DigitSet, load_domain
 from model import DANN, NETWORKS
 from tools import figures
 from tools.figure_architecture import stages_of
+from tools.figure_curves import chance_loss, column, lambda_curve
 from tools.figure_data import load_network, sample
 from tools.figure_features import neighbour_share, proxy_a_distance, same_digit_share
-from tools.figure_gallery import spread
-from tools.figure_plots import chance_loss, column, lambda_curve
 from utils.cli import run_script
 from utils.config import Config
+from utils.plots import spread
 from valid import load_reader
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from model import DANN
 from tools.figure_data import Domains, Network
-from tools.figure_gallery import as_pictures
-from tools.figure_style import SOURCE, TARGET, WIDTH
+from utils.plots import SOURCE, TARGET, WIDTH, as_pictures
 
 PIXELS = 850  # all places below are pixels of the figure as a README shows it
 HEIGHT = 500

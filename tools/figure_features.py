@@ -13,8 +13,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from tools.figure_data import Domains, Network, sample
-from tools.figure_style import DIGITS, SOURCE, TARGET, new_figure, without_frame
 from utils.cli import UserError
+from utils.plots import DIGITS, SOURCE, TARGET, new_figure, without_frame
 
 SAMPLES = 3000  # half of each domain
 NEIGHBOURS = 10

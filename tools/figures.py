@@ -17,14 +17,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tools.figure_architecture import architecture_figure  # noqa: E402
+from tools.figure_curves import curves_figure  # noqa: E402
 from tools.figure_data import Network, load_domains, load_network, side_by_side  # noqa: E402
 from tools.figure_features import features_figure  # noqa: E402
-from tools.figure_gallery import misread_figure, samples_figure  # noqa: E402
-from tools.figure_plots import confusion_figure, curves_figure  # noqa: E402
-from tools.figure_style import STYLE, save_figure  # noqa: E402
+from tools.figure_samples import samples_figure  # noqa: E402
 from utils import machine  # noqa: E402
 from utils.cli import run_script, script_parser  # noqa: E402
 from utils.files import make_folder, write_json  # noqa: E402
+from utils.plots import STYLE, confusion_figure, misread_figure, save_figure  # noqa: E402
 from utils.run_log import say  # noqa: E402
 
 KEPT = ROOT / "results" / "figures"
@@ -79,13 +79,16 @@ def draw(networks: list[Network], args: argparse.Namespace) -> dict:
         save("architecture", architecture_figure(run, domains))
         save("samples", samples_figure(run, domains))
         save("curves", curves_figure(networks))
-        figure, tested = confusion_figure(networks, domains.target_test)
-        save("confusion", figure)
-        figure, misread = misread_figure(networks, domains.target_test)
+        target = domains.target_test
+        tested = {network.label: network.evaluate(target) for network in networks}
+        confusions = {name: outcome.confusion for name, outcome in tested.items()}
+        save("confusion", confusion_figure(confusions, target.mark))
+        readings = {network.label: network.read(target.images) for network in networks}
+        figure, misread = misread_figure(readings, target, run.reader.preprocess.image_size)
         save("misread", figure)
         figure, features = features_figure(networks, domains)
         save("features", figure)
-    for entry, outcome, found in zip(numbers, tested, features, strict=True):
+    for entry, outcome, found in zip(numbers, tested.values(), features, strict=True):
         entry |= {"target_correct": outcome.correct, "target_total": outcome.total, **found}
     return {"kind": "figures", "networks": numbers, "target_test_digits": misread}
 

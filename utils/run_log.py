@@ -1,15 +1,21 @@
 """What a run leaves for people and programs: metrics.jsonl, TensorBoard events and the lines on the screen."""
 
 import json
+import re
 import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import torch
 from tensorboardX import SummaryWriter
+from tensorboardX.summary import hparams
 
 from utils.cli import UserError, is_first_process
 from utils.files import write_atomically
+
+FIGURE_DPI = 100
+ENTRY = "embeddings {\n"  # begins each in the file that the projector reads
 
 
 def say(text: str = "") -> None:
@@ -37,6 +43,7 @@ class RunLog:
         self.previous_hook, threading.excepthook = threading.excepthook, self._thread_failed
         try:
             self.folder.mkdir(exist_ok=True)
+            self._forget_embeddings(resume_step)
             self.writer = SummaryWriter(str(self.folder), purge_step=resume_step or None, max_queue=10_000)
         except OSError as error:
             raise self._cannot_write(self.folder, error) from None
@@ -53,6 +60,50 @@ class RunLog:
 
         self._check()
         self.writer.add_image(tag, make_grid(x.float().cpu(), columns, normalize=True, scale_each=True), step)
+
+    def figure(self, tag: str, step: int, figure) -> None:
+        """Log a matplotlib figure."""
+        from utils.plots import rendered
+
+        self._check()
+        self.writer.add_image(tag, np.asarray(rendered(figure, FIGURE_DPI)), step, dataformats="HWC")
+
+    def histograms(self, step: int, values: dict[str, torch.Tensor]) -> None:
+        """Log how values are spread, under tags with slashes."""
+        self._check()
+        for tag, tensor in values.items():
+            self.writer.add_histogram(tag, tensor.numpy(), step)
+
+    def embedding(
+        self,
+        tag: str,
+        step: int,
+        points: torch.Tensor,
+        metadata: list[tuple],
+        header: tuple[str, ...],
+        thumbnails: torch.Tensor,
+    ) -> None:
+        """Show points in the projector, each with its metadata and a thumbnail.
+
+        Shape: points (N, F), N values of metadata, thumbnails (N, 3, S, S) in [0, 1], N square
+        """
+        self._check()
+        points = np.round(points.double().numpy(), 4)  # each becomes a text
+        try:
+            self.writer.add_embedding(points, metadata, thumbnails.numpy(), step, tag, list(header))
+        except OSError as error:
+            raise self._cannot_write(self.folder, error) from None
+
+    def hyper_parameters(self, settings: dict, metrics: dict[str, float]) -> None:
+        """Show the settings beside the last values of the metrics, which are logged already, in the HPARAMS tab."""
+        self._check()
+        plain = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in settings.items()
+        }
+        # `add_hparams` of the writer would make a second, nameless run of it.
+        for summary in hparams(plain, metrics):
+            self.writer.file_writer.add_summary(summary)
 
     def text(self, tag: str, text: str) -> None:
         """Log a text in Markdown."""
@@ -75,6 +126,15 @@ class RunLog:
             self.failure = error
         self._check()
         threading.excepthook = self.previous_hook
+
+    def _forget_embeddings(self, resume_step: int) -> None:
+        """Leave out of the projector what an interrupted run showed after the step that this one goes on from."""
+        config = self.folder / "projector_config.pbtxt"
+        if not config.exists():
+            return
+        entries = config.read_text().split(ENTRY)[1:]
+        kept = [entry for entry in entries if int(re.search(r'tensor_name: "[^"]*:(\d+)"', entry)[1]) < resume_step]
+        write_atomically(config, lambda file: file.write_text("".join(ENTRY + entry for entry in kept)))
 
     def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
         if issubclass(failed.exc_type, OSError) and "tensorboardX" in type(failed.thread).__module__:
@@ -102,7 +162,7 @@ class SilentLog:
     def scalars(self, *_) -> None:
         """Nothing."""
 
-    images = text = close = scalars
+    images = figure = histograms = embedding = hyper_parameters = text = close = scalars
 
 
 def epoch_line(record: dict, epochs: int, seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Training curves and confusion matrices."""
+"""Training curves."""
 
 import math
 
@@ -8,13 +8,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from data_loader import DigitSet
-from model import CLASSES
 from tools.figure_data import Network
-from tools.figure_style import REFERENCE, SOURCE, TARGET, new_figure
 from utils.config import Config
+from utils.plots import REFERENCE, SOURCE, TARGET, new_figure
 from utils.schedules import adaptation_factor
-from valid import Evaluation
 
 LINES = {  # the last network is the run, one before it what it is compared with
     1: ({"linestyle": "-", "marker": "o"},),
@@ -104,31 +101,3 @@ def curves_figure(networks: list[Network]) -> Figure:
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
     return figure
-
-
-def draw_confusion(axes: Axes, tested: Evaluation, title: str) -> None:
-    """Counts, coloured by their share of the true digit's images."""
-    counts = tested.confusion.numpy()
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (true, read), count in np.ndenumerate(counts):
-        colour = "#999999" if count == 0 else "white" if shares[true, read] > 0.6 else "black"
-        axes.text(read, true, f"{count}", ha="center", va="center", color=colour, fontsize=8)
-    axes.set(xticks=range(CLASSES), yticks=range(CLASSES), xlabel="read", ylabel="true digit")
-    axes.set_title(f"{title}: {tested.accuracy:.2%} ({tested.correct:,} / {tested.total:,})")
-    axes.tick_params(length=0)
-
-
-def confusion_figure(networks: list[Network], target: DigitSet) -> tuple[Figure, list[Evaluation]]:
-    """How often which digit of the target's test set is read as which."""
-    figure = new_figure(5)
-    panels = figure.subplots(1, len(networks), squeeze=False)[0]
-    tested = [network.evaluate(target) for network in networks]
-    for axes, outcome, network in zip(panels, tested, networks, strict=True):
-        draw_confusion(axes, outcome, network.label)
-    figure.supxlabel(
-        f"{target.mark} test digits by what they are and what they are read as; the darker, the larger the share of "
-        "the true digit",
-        fontsize=9,
-    )
-    return figure, tested

@@ -1,0 +1,225 @@
+"""How every figure looks, and the figures that both a run's log and tools/figures.py have."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from data_loader import DigitSet, Preprocessing
+from model import CLASSES
+from utils.files import write_atomically
+
+WIDTH = 8.5  # inches: a README shows a figure at about 850 pixels, so that a point is 1.4 of its pixels
+DPI = 200  # twice what is shown, for screens of high resolution
+COLOURS = 256  # of the PNG's palette; keeps each file small
+COLUMNS = 12  # pictures in a row
+GAP = 0.08  # between pictures, in pictures
+
+# Okabe and Ito's colours, safe for colour-blind readers; a domain or a digit has the same one in every figure.
+SOURCE, TARGET = "#0072B2", "#D55E00"
+REFERENCE = "#000000"
+DIGITS = (
+    *("#000000", "#E69F00", "#56B4E9", "#009E73", "#B8A800"),
+    *("#0072B2", "#D55E00", "#CC79A7", "#8C8C8C", "#7A3E9D"),
+)
+# Opaque white, so that a figure reads alike on GitHub's white and on its dark page.
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.fontsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "figure.constrained_layout.w_pad": 0.09,
+    "figure.constrained_layout.h_pad": 0.09,
+}
+
+
+def new_figure(height: float) -> Figure:
+    """An empty figure of a README's width. Args: height: inches."""
+    return Figure(figsize=(WIDTH, height), layout="constrained")
+
+
+def without_frame(axes: Axes) -> None:
+    """Leave the picture alone: no ticks, no frame; labels stay."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def rendered(figure: Figure, dpi: int = DPI) -> Image.Image:
+    """The figure in pixels."""
+    drawn = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(drawn, format="png", dpi=dpi)
+    return Image.open(drawn).convert("RGB")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write the figure as a PNG with a palette."""
+    picture = rendered(figure).quantize(COLOURS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    write_atomically(path, lambda file: picture.save(file, "PNG", optimize=True))
+
+
+@dataclass(frozen=True)
+class Row:
+    """Pictures (N, H, W, 3) in [0, 1], a text under each, a text to the left, and a heading above the row."""
+
+    pictures: np.ndarray
+    captions: list[str] | None = None
+    left: str = ""
+    heading: str = ""
+
+
+def gallery(rows: list[Row], left: float) -> Figure:
+    """Rows of pictures; everything is placed in units of a picture. Args: left: room for the texts to the left."""
+    margin, heading_height, line_height = 0.15, 0.55, 0.25
+    lines = [max((caption.count("\n") + 1 for caption in row.captions or []), default=0) for row in rows]
+    heights = [
+        heading_height * bool(row.heading) + 1 + GAP + line_height * count + 0.1 * bool(count)
+        for row, count in zip(rows, lines, strict=True)
+    ]
+    width, height = COLUMNS + left + 2 * margin, sum(heights) + 2 * margin
+    figure = Figure(figsize=(WIDTH, WIDTH * height / width))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(-left - margin, COLUMNS + margin), ylim=(-height + margin, margin))
+    axes.set_axis_off()
+    y = 0.0
+    for row, high in zip(rows, heights, strict=True):
+        top = y
+        if row.heading:
+            axes.text(-left, top - 0.22, row.heading, ha="left", va="center", fontsize=10)
+            top -= heading_height
+        axes.text(-left, top - 0.5, row.left, ha="left", va="center", linespacing=1.3)
+        for i, picture in enumerate(row.pictures):
+            axes.imshow(picture, extent=(i + GAP / 2, i + 1 - GAP / 2, top - 1 + GAP, top), aspect="auto")
+            if row.captions:
+                axes.text(i + 0.5, top - 1, row.captions[i], ha="center", va="top", linespacing=1.2)
+        y -= high
+    axes.set(xlim=(-left - margin, COLUMNS + margin), ylim=(-height + margin, margin))  # imshow has changed them
+    return figure
+
+
+def as_pictures(x: Tensor, low: float, high: float) -> np.ndarray:
+    """Values from `low` to `high` as colours. Shape: (N, 1 or 3, H, W) -> (N, H, W, 3) in [0, 1]"""
+    values = x.float().cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    return np.clip((values - low) / max(high - low, 1e-6), 0, 1)
+
+
+def spread(chosen: Tensor, digits: Tensor, count: int, seed: int) -> Tensor:
+    """`count` of the chosen images, drawn so that each digit gets its turn, in the order of the digits.
+
+    Shape: (N,) int64 indices, (M,) int64 labels of all images -> (at most count,) int64
+    """
+    chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))]
+    counted = F.one_hot(digits[chosen], CLASSES).cumsum(0)
+    turn = counted.gather(1, digits[chosen][:, None])[:, 0]  # an image is the how-manieth of its digit
+    chosen = chosen[turn.argsort(stable=True)[:count]]
+    return chosen[digits[chosen].argsort(stable=True)]
+
+
+def draw_confusion(axes: Axes, confusion: Tensor, title: str) -> None:
+    """Counts, coloured by their share of the true digit's images. Shape: (10, 10), rows the true digit."""
+    counts = confusion.numpy()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (true, read), count in np.ndenumerate(counts):
+        colour = "#999999" if count == 0 else "white" if shares[true, read] > 0.6 else "black"
+        axes.text(read, true, f"{count}", ha="center", va="center", color=colour, fontsize=8)
+    axes.set(xticks=range(CLASSES), yticks=range(CLASSES), xlabel="read", ylabel="true digit")
+    correct, total = counts.trace(), counts.sum()
+    axes.set_title(f"{title}: {correct / total:.2%} ({correct:,} / {total:,})")
+    axes.tick_params(length=0)
+
+
+def confusion_figure(confusions: dict[str, Tensor], mark: str) -> Figure:
+    """How often which test digit is read as which, for each network by name. Args: mark: what the digits are."""
+    figure = new_figure(5)
+    panels = figure.subplots(1, len(confusions), squeeze=False)[0]
+    for axes, (name, confusion) in zip(panels, confusions.items(), strict=True):
+        draw_confusion(axes, confusion, name)
+    figure.supxlabel(
+        f"{mark} test digits by what they are and what they are read as; the darker, the larger the share of the true "
+        "digit",
+        fontsize=9,
+    )
+    return figure
+
+
+def misread_figure(
+    readings: dict[str, Tensor], target: DigitSet, image_size: int, seed: int = 0
+) -> tuple[Figure, dict[str, int]]:
+    """Digits that the first network misreads and the second one reads, and the other way; of one, what it misreads.
+
+    Returns the figure and the counts.
+
+    Args:
+        readings: what each network, by name, reads in each image of `target`, int64 of shape (N,).
+        image_size: height and width of the pictures, pixels.
+    """
+    digits, names = target.labels, list(readings)
+    right = [reading == digits for reading in readings.values()]
+    total = f"{{count:,}} of {len(target):,} {target.domain} test digits"
+    if len(names) == 1:
+        groups = [("misread", ~right[0], 3, f"Misread by {names[0]}: {total}")]
+    else:
+        groups = [
+            ("gained", right[1] & ~right[0], 2, f"Misread by {names[0]}, read by {names[1]}: {total}"),
+            ("lost", right[0] & ~right[1], 1, f"Read by {names[0]}, misread by {names[1]}: {total}"),
+        ]
+    rows, counts = [], {"total": len(target)}
+    for name, mask, lines, heading in groups:
+        chosen = mask.nonzero()[:, 0]
+        counts[name] = len(chosen)
+        heading = heading.format(count=counts[name])
+        for part in spread(chosen, digits, lines * COLUMNS, seed).split(COLUMNS):
+            captions = [
+                " → ".join(str(int(reading[i])) for reading in readings.values()) + f"\ntrue {digits[i]}"
+                for i in part.tolist()
+            ]
+            pictures = target.images[part]
+            if len(part):  # nothing to interpolate in nothing
+                pictures = Preprocessing(image_size).resize(pictures)
+            rows.append(Row(as_pictures(pictures / 255, 0, 1), captions, "", heading))
+            heading = ""
+    return gallery(rows, left=0.0), counts
+
+
+def histograms_figure(f_s: Tensor, f_t: Tensor, source: str, target: str) -> Figure:
+    """How three quantities of the features are spread in each domain: the two lie over each other where it adapted.
+
+    The third is the position on the line through the domains' mean features, which is where they differ most plainly.
+
+    Shape: (N, F), (M, F)
+    """
+    axis = f_t.mean(0) - f_s.mean(0)
+    axis = axis / axis.norm().clamp_min(1e-9)
+    panels = {
+        "values of the features": (f_s.flatten(), f_t.flatten()),
+        "length of an image's feature vector": (f_s.norm(dim=1), f_t.norm(dim=1)),
+        "position between the domains' means": (f_s @ axis, f_t @ axis),
+    }
+    figure = new_figure(2.9)
+    for axes, (title, values) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        edges = np.histogram_bin_edges(torch.cat(values).numpy(), 40)
+        for part, colour, name in zip(values, (SOURCE, TARGET), (source, target), strict=True):
+            weights = np.full(len(part), 1 / len(part))
+            axes.hist(part.numpy(), edges, weights=weights, color=colour, alpha=0.5, label=name)
+        axes.set_title(title, loc="left")
+        axes.set_ylabel("share")
+    figure.axes[0].set_yscale("log")  # most are 0
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=2, frameon=False)
+    return figure
