@@ -267,7 +267,7 @@ class Trainer:
         with machine.autocast(self.device, self.precision):
             if self.adapts and self.teacher:
                 x_t, weak_t = x_t
-                q_t = self.teacher.label(weak_t)
+                q_t = self.teacher.label(*((weak_t, x_t) if config.teacher_views == "both" else (weak_t,)))
             # A tensor, because a compiled step would take each number for a step of its own.
             factor = torch.tensor(lambda_p) if self.compiled else lambda_p
             outcome = self.losses(x_s, y_s, x_t if self.adapts else None, factor, q_t, teaches)

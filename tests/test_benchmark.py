@@ -66,7 +66,10 @@ def test_operations_of_a_step_with_a_teacher():
     config = recipe_config("modern")
     extractor, classifier, discriminator = benchmark.operations(config).values()
     student = 2 * (extractor + classifier + discriminator)
-    assert benchmark.operations_of_step(config) == config.batch_size * (3 * student + extractor + classifier)
+    for views, answers in (("weak", 1), ("both", 2)):
+        config = dataclasses.replace(config, teacher_views=views)
+        expected = config.batch_size * (3 * student + answers * (extractor + classifier))
+        assert benchmark.operations_of_step(config) == expected
 
 
 def test_rates_are_amounts_by_seconds_and_jobs_take_turns():

@@ -113,6 +113,7 @@ OTHER = {
     "domain_loss": ("mean", "mean"),
     "adversary": ("class-wise", "class-wise"),
     "teacher_decay": ("0.75", 0.75),
+    "teacher_views": ("both", "both"),
     "teacher_weight": ("0.5", 0.5),
     "teacher_start": ("0.35", 0.35),
     "alignment": ("0.25", 0.25),

@@ -51,6 +51,27 @@ def test_it_predicts_in_eval_mode_and_takes_no_gradient():
     torch.testing.assert_close(q.sum(1), torch.ones(4))
 
 
+def test_two_views_are_labelled_by_the_mean_of_the_answers():
+    teacher = MeanTeacher(DANN("modern", 0.0), 0.9)
+    weak, strong = torch.randn(2, 5, 1, 32, 32)
+    expected = (teacher.model(weak).softmax(1) + teacher.model(strong).softmax(1)) / 2
+    torch.testing.assert_close(teacher.label(weak, strong), expected)
+
+
+@pytest.mark.parametrize("views", ["weak", "both"])
+def test_the_step_gives_the_teacher_the_views_that_were_asked_for(monkeypatch, tmp_path, views):
+    trainer = make_trainer(dataclasses.replace(MODERN, teacher_views=views), tmp_path)
+    labelled = []
+    label = trainer.teacher.label
+    monkeypatch.setattr(trainer.teacher, "label", lambda *x: labelled.append(x) or label(*x))
+    x_s, y_s, x_t = next(iter(trainer.loader.epoch(0)))
+    trainer.train_step(x_s, y_s, x_t, 0.1, 0.01)
+    ((weak, *more),) = labelled
+    assert torch.equal(weak, x_t[1])
+    assert len(more) == (views == "both")
+    assert all(torch.equal(x, x_t[0]) for x in more)
+
+
 @pytest.mark.parametrize("kappa", [0.5, 1.0])
 def test_alignment_against_its_formula_and_a_lost_class_comes_back(kappa):
     """A network that likes class 3 and hardly ever says 7 has its labels drawn towards equal shares."""

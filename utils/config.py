@@ -96,6 +96,10 @@ class Config:
     teacher_decay: float = _setting(
         0.0, "teacher", "the teacher is the weights' moving average, tested and kept; 0: none", added=True
     )
+    teacher_views: str = _setting(
+        "weak", "teacher", "what it labels: the image changed weakly, or both that and the one in training, averaged",
+        choices=("weak", "both"), added=True,
+    )  # fmt: skip
     teacher_weight: float = _setting(0.0, "teacher", "weight of the loss on the teacher's labels", added=True)
     teacher_start: float = _setting(0.1, "teacher", "progress p at which that loss begins", added=True)
     alignment: float = _setting(

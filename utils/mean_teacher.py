@@ -28,16 +28,18 @@ class MeanTeacher:
         self.mean = next(model.parameters()).new_full((CLASSES,), 1 / CLASSES)  # of its predictions, a moving average
 
     @torch.no_grad()
-    def label(self, x: Tensor) -> Tensor:
+    def label(self, *views: Tensor) -> Tensor:
         """Class probabilities of preprocessed target images, aligned to an estimate of the target's class shares.
+
+        They are the mean over the views of an image: it is only sure where it reads all of them alike.
 
         Each class counts by (uniform / mean prediction)^κ (distribution alignment, Berthelot et al. 2020): the target
         is taken to have the shares that were predicted, drawn towards equal ones by κ. With κ = 0 a class that is read
         less and less often is lost; with κ = 1 all classes are taken to be alike in size.
 
-        Shape: (N, C, S, S) -> (N, 10) float32, rows sum to 1
+        Shape: each (N, C, S, S) -> (N, 10) float32, rows sum to 1
         """
-        q = self.model(x).float().softmax(1)
+        q = self.model(torch.cat(views)).float().softmax(1).unflatten(0, (len(views), -1)).mean(0)
         if not self.alignment:
             return q
         self.mean.lerp_(self.processes.mean_(q.mean(0)), MEAN_SHARE)

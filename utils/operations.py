@@ -38,7 +38,8 @@ def operations(config: Config) -> dict[str, int]:
 def operations_of_step(config: Config, adapts: bool = True) -> int:
     """Operations of a training step: 3 × forward, of which 2 × for the backward pass.
 
-    The classifier sees source images alone, unless there is a teacher, which itself has a forward pass a target image.
+    The classifier sees source images alone, unless there is a teacher, which itself has a forward pass for each view
+    that it labels.
     """
     parts = operations(config)
     extractor, classifier, discriminator = (parts[name] for name in ("extractor", "classifier", "discriminator"))
@@ -46,5 +47,6 @@ def operations_of_step(config: Config, adapts: bool = True) -> int:
         return 3 * (extractor + classifier) * config.batch_size
     per_pair = 3 * (2 * extractor + 2 * discriminator + classifier)
     if config.teacher_decay:
-        per_pair += 3 * classifier + extractor + classifier
+        views = 2 if config.teacher_views == "both" else 1
+        per_pair += 3 * classifier + views * (extractor + classifier)
     return per_pair * config.batch_size
