@@ -63,8 +63,7 @@ def without_frame(axes: Axes) -> None:
 def rendered(figure: Figure, dpi: int = DPI) -> Image.Image:
     """The figure in pixels."""
     drawn = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(drawn, format="png", dpi=dpi)
+    figure.savefig(drawn, format="png", dpi=dpi)
     return Image.open(drawn).convert("RGB")
 
 
@@ -144,6 +143,7 @@ def draw_confusion(axes: Axes, confusion: Tensor, title: str) -> None:
     axes.tick_params(length=0)
 
 
+@matplotlib.rc_context(STYLE)
 def confusion_figure(confusions: dict[str, Tensor], mark: str) -> Figure:
     """How often which test digit is read as which, for each network by name. Args: mark: what the digits are."""
     figure = new_figure(5)
@@ -158,6 +158,7 @@ def confusion_figure(confusions: dict[str, Tensor], mark: str) -> Figure:
     return figure
 
 
+@matplotlib.rc_context(STYLE)
 def misread_figure(
     readings: dict[str, Tensor], target: DigitSet, image_size: int, seed: int = 0
 ) -> tuple[Figure, dict[str, int]]:
@@ -197,6 +198,7 @@ def misread_figure(
     return gallery(rows, left=0.0), counts
 
 
+@matplotlib.rc_context(STYLE)
 def histograms_figure(f_s: Tensor, f_t: Tensor, source: str, target: str) -> Figure:
     """How three quantities of the features are spread in each domain: the two lie over each other where it adapted.
 
@@ -208,8 +210,8 @@ def histograms_figure(f_s: Tensor, f_t: Tensor, source: str, target: str) -> Fig
     axis = axis / axis.norm().clamp_min(1e-9)
     panels = {
         "values of the features": (f_s.flatten(), f_t.flatten()),
-        "length of an image's feature vector": (f_s.norm(dim=1), f_t.norm(dim=1)),
-        "position between the domains' means": (f_s @ axis, f_t @ axis),
+        "length of a feature vector": (f_s.norm(dim=1), f_t.norm(dim=1)),
+        "along the domains' difference": (f_s @ axis, f_t @ axis),
     }
     figure = new_figure(2.9)
     for axes, (title, values) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
@@ -217,7 +219,7 @@ def histograms_figure(f_s: Tensor, f_t: Tensor, source: str, target: str) -> Fig
         for part, colour, name in zip(values, (SOURCE, TARGET), (source, target), strict=True):
             weights = np.full(len(part), 1 / len(part))
             axes.hist(part.numpy(), edges, weights=weights, color=colour, alpha=0.5, label=name)
-        axes.set_title(title, loc="left")
+        axes.set_title(title)
         axes.set_ylabel("share")
     figure.axes[0].set_yscale("log")  # most are 0
     handles, names = figure.axes[0].get_legend_handles_labels()
