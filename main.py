@@ -345,13 +345,17 @@ class Trainer:
                 "try a smaller --lr or --precision fp32"
             )
 
-    def save(self) -> None:
-        """Write last.pt; a run that goes on from it ends with the same bits (CPU, fp32)."""
+    def check_weights(self) -> None:
+        """Raise UserError when a weight is not finite, as the last step may have left it."""
         if not all(weight.isfinite().all() for weight in self.model.state_dict().values()):
             raise UserError(
                 f"the weights are not finite after step {self.epoch * self.loader.steps + self.step}: "
                 "try a smaller --lr or --precision fp32"
             )
+
+    def save(self) -> None:
+        """Write last.pt; a run that goes on from it ends with the same bits (CPU, fp32)."""
+        self.check_weights()
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -445,6 +449,7 @@ def train(trainer: Trainer, preprocess: Preprocessing, log: RunLog) -> tuple[Eva
         trainer.check_loss(outcome["loss_label"], outcome["loss_domain"])
         outcome = {name: outcome[name] if name in trainer.outcomes else None for name in OUTCOMES}
         trainer.epoch, trainer.step = trainer.epoch + 1, 0
+        trainer.check_weights()
 
         tested = test(trainer, preprocess)
         trainer.seconds = before + time.perf_counter() - started

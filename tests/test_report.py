@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tools import report
+from tools import ablation, report
+from tools.report_ablation import VARIANTS, ablation_report
 from utils.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -342,3 +343,72 @@ def test_the_repository_readme_shows_the_repository_results():
         [sys.executable, "tools/report.py", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
+
+
+# --- the ablation -----------------------------------------------------------------------------------
+
+
+def ablated(folder: Path, pair: str, variant: str, *correct: int) -> None:
+    source, target = pair.split("-")
+    for seed, count in enumerate(correct):
+        values = result(recipe="modern", source=source, target=target, seed=seed, target_correct=count, steps=640)
+        write(folder / "ablation" / pair / f"{variant.replace(' ', '-')}-seed{seed}.json", values)
+
+
+def test_the_ablation_compares_each_variant_with_the_whole_recipe(tmp_path):
+    ablated(tmp_path, "svhn-mnist", "everything", 9800, 9700, 9900)
+    ablated(tmp_path, "svhn-mnist", "no reversal", 9500, 9600, 9400)
+    ablated(tmp_path, "svhn-mnist", "source only", 8000)
+    found = {line.split(" | ")[0].lstrip("| "): line for line in ablation_report(tmp_path).splitlines() if "|" in line}
+    assert found["everything"].endswith("| – | 98.00\u00a0±\u00a01.00 |")
+    assert found["no reversal"].endswith("| `--lambda-max 0` | 95.00\u00a0±\u00a01.00 (-3.00) |")
+    assert found["source only"].endswith("| 80.00 (-18.00) |")
+    assert found["no alignment"].endswith("| not run |")
+    assert "over the seeds 0, 1, 2" in ablation_report(tmp_path)
+    assert "Runs of 640 steps" in ablation_report(tmp_path)
+
+
+def test_the_ablation_stays_out_of_the_table_of_results(tmp_path):
+    write(tmp_path / "svhn-mnist/a.json", result())
+    ablated(tmp_path, "svhn-mnist", "no reversal", 9500)
+    assert [run["recipe"] for run in report.read_results(tmp_path)] == ["dann"]
+
+
+def test_an_ablation_without_results_says_so(tmp_path):
+    assert ablation_report(tmp_path) == "Not run."
+
+
+def test_an_unknown_variant_is_named(tmp_path):
+    ablated(tmp_path, "svhn-mnist", "no luck", 1)
+    with pytest.raises(UserError, match=r"no-luck-seed0\.json is no variant"):
+        ablation_report(tmp_path)
+
+
+def test_every_variant_is_one_change_of_the_recipe():
+    for name, flags in VARIANTS.items():
+        assert len(flags) in (0, 2)
+        assert (name == "everything") == (not flags)
+    assert len(set(VARIANTS.values())) == len(VARIANTS)
+
+
+def test_the_ablation_runs_what_is_missing(monkeypatch, tmp_path, tiny_data):
+    """A dry run trains and leaves no result; a run that has a result is not trained again."""
+    flags = ["--pairs", "svhn-mnist", "--variants", "everything", "no reversal", "--seeds", "0", "--dry-run"]
+    flags += ["--out", tmp_path / "out", "--runs", tmp_path / "runs", "--data-dir", tiny_data, "--jobs", "2"]
+    write(tmp_path / "out/svhn-mnist/everything-seed0.json", result())
+    monkeypatch.setattr(sys, "argv", ["ablation.py", *map(str, flags)])
+    ablation.main()
+    assert [path.name for path in (tmp_path / "runs/svhn-mnist").iterdir()] == ["no-reversal-seed0"]
+    config = json.loads((tmp_path / "runs/svhn-mnist/no-reversal-seed0/config.json").read_text())
+    assert (config["recipe"], config["lambda_max"], config["seed"]) == ("modern", 0.0, 0)
+    assert [path.name for path in (tmp_path / "out/svhn-mnist").iterdir()] == ["everything-seed0.json"]
+
+
+def test_a_run_of_the_ablation_that_fails_is_named(monkeypatch, tmp_path):
+    flags = ["--pairs", "svhn-mnist", "--variants", "everything", "--seeds", "0", "--dry-run"]
+    flags += ["--out", tmp_path / "out", "--runs", tmp_path / "runs", "--data-dir", tmp_path / "nowhere"]
+    monkeypatch.setattr(sys, "argv", ["ablation.py", *map(str, flags)])
+    monkeypatch.setenv("http_proxy", "http://localhost:9")
+    monkeypatch.setenv("https_proxy", "http://localhost:9")
+    with pytest.raises(UserError, match="svhn-mnist, everything, seed 0 failed: error: "):
+        ablation.main()

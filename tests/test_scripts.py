@@ -28,7 +28,7 @@ from utils.synth_digits import render_digits
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = (
     "main.py", "valid.py", "download_data.py", "image_annotate.py",
-    "tools/report.py", "tools/benchmark.py", "tools/figures.py",
+    "tools/report.py", "tools/benchmark.py", "tools/figures.py", "tools/ablation.py",
 )  # fmt: skip
 KEYS = (
     "source", "target", "method", "recipe", "seed", "epochs", "source_accuracy", "target_accuracy", "source_correct",
@@ -142,8 +142,9 @@ def test_result_file_agrees_with_stdout(dry_run, result, tiny_data):
 def test_files_of_a_run_folder(dry_run):
     names = {path.name for path in dry_run[1].iterdir()}
     assert names == {"config.json", "metrics.jsonl", "result.json", "last.pt", "model.safetensors", "tensorboard"}
-    (events,) = (dry_run[1] / "tensorboard").iterdir()
-    assert events.name.startswith("events.out.tfevents.")
+    (events,) = (dry_run[1] / "tensorboard").glob("*tfevents*")
+    others = {path.name for path in (dry_run[1] / "tensorboard").iterdir()} - {events.name}
+    assert others == {"projector_config.pbtxt", "00000", "00001"}, "the projector, at the first and the last step"
 
 
 def test_config_of_a_run_folder(dry_run, result):
@@ -216,9 +217,10 @@ def test_values_in_tensorboard(events, result, dry_run):
 
 
 def test_images_and_settings_in_tensorboard(events):
-    assert sorted(events.Tags()["images"]) == ["images/source", "images/target"]
+    inputs, learnt = ["images/source", "images/target"], ["features/both_domains", "target/confusion", "target/misread"]
+    assert sorted(events.Tags()["images"]) == sorted(inputs + learnt)
     pictures = []
-    for tag in events.Tags()["images"]:
+    for tag in inputs:
         (event,) = events.Images(tag)
         assert event.step == 0
         pictures.append(Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB"))
@@ -399,6 +401,7 @@ def test_help_shows_the_values_of_the_recipe(monkeypatch, capsys, recipe):
         ("image_annotate.py", ["--out", "here", "-f", "a.png"], "--out"),
         ("image_annotate.py", [], "--file"),
         ("tools/report.py", ["--che"], "--che"),
+        ("tools/ablation.py", ["--variants", "no luck"], "'no luck'"),
         ("tools/benchmark.py", ["--round", "3"], "--round"),
         ("tools/figures.py", ["--compare", "runs/source-only"], "--compare"),
     ],

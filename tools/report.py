@@ -1,7 +1,7 @@
 """Write the README's tables of results and of speed from results/**/*.json alone.
 
-The results stand between two lines of the README, `<!-- results:begin -->` and `<!-- results:end -->`, the speed
-between `<!-- speed:begin -->` and `<!-- speed:end -->`; the rest of it stays as it is. A row of results averages runs
+The results stand between two lines of the README, `<!-- results:begin -->` and `<!-- results:end -->`, the ablation
+and the speed between two such lines with their names; the rest of it stays as it is. A row of results averages runs
 that differ in their seed and in nothing else.
 """
 
@@ -19,12 +19,15 @@ from urllib.parse import quote
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tools.report_ablation import FOLDER as ABLATION  # noqa: E402
+from tools.report_ablation import ablation_report  # noqa: E402
 from tools.report_speed import speed_report  # noqa: E402
 from tools.tables import METHOD_NAMES, code, escape, markdown_table, read_record  # noqa: E402
 from utils.cli import UserError, run_script, script_parser  # noqa: E402
 from utils.files import write_atomically  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+ABLATION_BEGIN, ABLATION_END = "<!-- ablation:begin -->", "<!-- ablation:end -->"
 SPEED_BEGIN, SPEED_END = "<!-- speed:begin -->", "<!-- speed:end -->"
 PAIRS = {  # in the order to show, with the recipe that is meant for them
     ("svhn", "mnist"): "dann",
@@ -84,10 +87,11 @@ def check_result(result: dict, path: Path) -> None:
 
 
 def read_results(folder: Path) -> list[dict]:
-    """Every training result under the folder."""
+    """Every training result under the folder but those of the ablation, which have a table of their own."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: add a run with python tools/report.py --add RUN")
-    results = [read_result(path) for path in sorted(folder.rglob("*.json"))]
+    paths = sorted(path for path in folder.rglob("*.json") if path.relative_to(folder).parts[0] != ABLATION)
+    results = [read_result(path) for path in paths]
     return [result for result in results if result is not None]
 
 
@@ -351,6 +355,8 @@ def main() -> None:
         raise UserError(f"cannot read {args.readme}: {error.strerror}") from None
     results = read_results(args.results)
     new = with_report(text, report(results, args.readme.parent), args.readme)
+    if ABLATION_BEGIN in new or ABLATION_END in new:
+        new = with_report(new, ablation_report(args.results), args.readme, ABLATION_BEGIN, ABLATION_END)
     if SPEED_BEGIN in new or SPEED_END in new:
         speed = speed_report(args.results, args.readme.parent)
         new = with_report(new, speed, args.readme, SPEED_BEGIN, SPEED_END)

@@ -189,9 +189,10 @@ def _modern(source: str, target: str) -> Config:
         image_size=32,
         normalisation="per-image",
         dropout=0.0,
-        epochs=12,
-        epoch_steps=200,
+        epochs=10,
+        epoch_steps=190,
         augmentation="strong",
+        label_smoothing=0.1,
         optimizer="adamw",
         lr=2e-3,
         weight_decay=0.05,
@@ -199,9 +200,11 @@ def _modern(source: str, target: str) -> Config:
         lambda_max=0.3,
         adversary="class-wise",
         teacher_decay=0.99,
+        teacher_views="both",
         teacher_weight=1.0,
         teacher_start=0.15,
-        alignment=0.5,
+        alignment=1.0,
+        confidence=0.7,
     )
 
 

@@ -1,0 +1,75 @@
+"""The README's table of the ablation, from the results that tools/ablation.py left."""
+
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from tools.tables import escape, markdown_table, read_record
+from utils.cli import UserError
+
+FOLDER = "ablation"
+WHOLE = "everything"
+VARIANTS = {  # what is off, and the flags that turn it off
+    WHOLE: (),
+    "no reversal": ("--lambda-max", "0"),
+    "plain reversal": ("--adversary", "marginal"),
+    "no teacher labels": ("--teacher-weight", "0"),
+    "one view for the teacher": ("--teacher-views", "weak"),
+    "no alignment": ("--alignment", "0"),
+    "no label smoothing": ("--label-smoothing", "0"),
+    "affine augmentation": ("--augmentation", "affine"),
+    "source only": ("--method", "source-only"),
+}
+
+
+def read_ablation(folder: Path) -> dict[str, dict[str, list[dict]]]:
+    """The results by pair and variant, in the order to show; empty where there are none."""
+    found = defaultdict(lambda: defaultdict(list))
+    for path in sorted((folder / FOLDER).glob("*/*.json")):
+        name = path.stem.rpartition("-seed")[0].replace("-", " ")
+        if name not in VARIANTS:
+            raise UserError(f"{path} is no variant of the ablation ({', '.join(VARIANTS)}): rename or remove it")
+        found[path.parent.name][name].append(read_record(path))
+    return found
+
+
+def accuracy(run: dict) -> float:
+    """Target test accuracy, %."""
+    return 100 * run["target_correct"] / run["target_total"]
+
+
+def cell(runs: list[dict], whole: list[dict]) -> str:
+    """Mean ± sample standard deviation and, in brackets, the difference to the whole recipe, points."""
+    if not runs:
+        return "not run"
+    values = [accuracy(run) for run in runs]
+    text = f"{statistics.mean(values):.2f}"
+    text += f"\u00a0±\u00a0{statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    if whole and runs is not whole:
+        text += f" ({statistics.mean(values) - statistics.mean(map(accuracy, whole)):+.2f})"
+    return text
+
+
+def ablation_report(folder: Path) -> str:
+    """The table; "not run" where a variant has no result."""
+    found = read_ablation(folder)
+    if not found:
+        return "Not run."
+    runs = [run for variants in found.values() for results in variants.values() for run in results]
+    pairs = {}
+    for pair, variants in found.items():
+        run = next(iter(variants.values()))[0]
+        pairs[pair] = f"{run['source_mark']} → {run['target_test_mark']}"
+    rows = []
+    for name, flags in VARIANTS.items():
+        cells = [cell(found[pair][name], found[pair][WHOLE]) for pair in pairs]
+        rows.append([name, f"`{' '.join(flags)}`" if flags else "–", *cells])
+    header = ["what is off", "flags", *(escape(mark) for mark in pairs.values())]
+    table = markdown_table(header, "ll" + "r" * len(pairs), rows)
+    seeds = sorted({run["seed"] for run in runs})
+    steps = sorted({run["steps"] for run in runs})
+    return (
+        f"{table}\n\nTarget test accuracy, %: mean ± sample standard deviation over the seeds "
+        f"{', '.join(map(str, seeds))}; in brackets the difference to everything on, points. Runs of "
+        f"{' or '.join(map(str, steps))} steps: `python tools/ablation.py` wrote [results/ablation](results/ablation)."
+    )
