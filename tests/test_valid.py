@@ -478,6 +478,19 @@ def test_nothing_to_test_is_a_failure(monkeypatch, capsys, run_of_main, shelf, t
     assert not (tmp_path / "nothing").exists()
 
 
+def test_without_its_own_domains_it_reads_digits_that_come_with_the_code(
+    monkeypatch, capsys, run_of_main, shelf, few_synth, tmp_path
+):
+    """A fresh clone without a network: both domains are named with their commands, and something real is tested."""
+    arguments = ("--weights", run_of_main, "--data-dir", tmp_path / "nothing", "--no-download")
+    found, lines = validate(monkeypatch, capsys, *arguments)
+    assert list(found["domains"]) == ["synth", "optdigits"]
+    assert found["domains"]["optdigits"]["total"] == 500
+    not_tested = [line for line in lines if "not tested" in line]
+    assert [line.split()[0] for line in not_tested] == ["SVHN", "MNIST"]
+    assert all("python download_data.py" in line for line in not_tested)
+
+
 def test_one_missing_domain_does_not_hide_the_others(monkeypatch, capsys, run_of_main, shelf, tiny_data, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(tiny_data, data)

@@ -248,6 +248,32 @@ def pair_table(table: list[list[dict]], reported: list[dict], home: Path) -> str
     return f"{heading}\n\n{markdown_table(header, 'lrrrlll', rows)}\n\nEvery run: {links}"
 
 
+def cost_table(results: list[dict]) -> str:
+    """What DANN runs of the recipe `modern` cost; empty without such runs."""
+    rows = []
+    for table in group([run for run in results if run["recipe"] == "modern" and "seconds_to" in run]):
+        for row in table:
+            first = row[0]
+            if first["method"] == "dann":
+                seconds = [run["seconds"] for run in row]
+                pair = f"{escape(first['source_mark'])} → {escape(first['target_mark'])}"
+                reached = [reached_cell(row, percent) for percent in ("90", "95", "98")]
+                whole = f"{statistics.median(seconds):,.0f} ({max(seconds):,.0f})"
+                tflop, where = f"{first['operations'] / 1e12:.0f}", f"{first['machine']}, {first['threads']} threads"
+                rows.append([pair, *reached, whole, tflop, f"{first['parameters']:,}", escape(where)])
+    header = ["`modern`, DANN", "s to 90 %", "95 %", "98 %", "s in all (slowest)", "TFLOP", "parameters", "on"]
+    note = "Seconds: median over the seeds, tests included, to the end of the first epoch whose target test accuracy is"
+    return f"{markdown_table(header, 'lrrrrrrl', rows)}\n\n{note} as high." if rows else ""
+
+
+def reached_cell(row: list[dict], percent: str) -> str:
+    """Median seconds to an accuracy; of the runs that reached it, when not all did."""
+    times = [run["seconds_to"][percent] for run in row if run["seconds_to"][percent] is not None]
+    if not times:
+        return "never"
+    return f"{statistics.median(times):,.0f}" + f" ({len(times)} of {len(row)})" * (len(times) < len(row))
+
+
 def not_run_table(results: list[dict], reported: list[dict]) -> str:
     """What others reported and has no result here, official data only; empty when every result is there."""
     keys = ("source", "target", "recipe", "method")
@@ -288,7 +314,7 @@ def report(results: list[dict], home: Path) -> str:
     """Everything that stands between the markers."""
     reported = reported_numbers()
     parts = [pair_table(table, reported, home) for table in group(results)]
-    parts += [not_run_table(results, reported), footnotes(results)]
+    parts += [cost_table(results), not_run_table(results, reported), footnotes(results)]
     return "\n\n".join(part for part in parts if part)
 
 
