@@ -132,8 +132,11 @@ class RunLog:
         config = self.folder / "projector_config.pbtxt"
         if not config.exists():
             return
-        entries = config.read_text().split(ENTRY)[1:]
-        kept = [entry for entry in entries if int(re.search(r'tensor_name: "[^"]*:(\d+)"', entry)[1]) < resume_step]
+        kept = []
+        for entry in config.read_text().split(ENTRY)[1:]:
+            step = re.search(r'tensor_name: "[^"]*:(\d+)"', entry)
+            if step is None or int(step[1]) < resume_step:
+                kept.append(entry)
         write_atomically(config, lambda file: file.write_text("".join(ENTRY + entry for entry in kept)))
 
     def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
