@@ -268,6 +268,8 @@ class Trainer:
             if self.adapts and self.teacher:
                 x_t, weak_t = x_t
                 q_t = self.teacher.label(*((weak_t, x_t) if config.teacher_views == "both" else (weak_t,)))
+                if teaches and config.perturbation:
+                    x_t = self.teacher.perturb(x_t, q_t, config.perturbation)
             # A tensor, because a compiled step would take each number for a step of its own.
             factor = torch.tensor(lambda_p) if self.compiled else lambda_p
             outcome = self.losses(x_s, y_s, x_t if self.adapts else None, factor, q_t, teaches)
@@ -571,8 +573,13 @@ def configure(
         raise UserError(f"--batch-size must be at least 2 for the batch statistics of the network {config.network}")
     if config.batch_size % processes.count:
         raise UserError(f"--batch-size {config.batch_size} can't be split between {processes.count} processes")
-    if not config.teacher_decay and (config.teacher_weight or config.adversary == "class-wise"):
-        needs = "--teacher-weight" if config.teacher_weight else "--adversary class-wise"
+    wants_teacher = {
+        "--teacher-weight": config.teacher_weight,
+        "--perturbation": config.perturbation,
+        "--adversary class-wise": config.adversary == "class-wise",
+    }
+    if not config.teacher_decay and any(wants_teacher.values()):
+        needs = next(flag for flag, wanted in wants_teacher.items() if wanted)
         raise UserError(f"{needs} needs a teacher: give a --teacher-decay above 0, e.g. 0.99")
     if config.adversary == "class-wise" and not network.class_wise:
         able = ", ".join(name for name, row in NETWORKS.items() if row.class_wise)

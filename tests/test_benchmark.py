@@ -66,8 +66,8 @@ def test_operations_of_a_step_with_a_teacher():
     config = recipe_config("modern")
     extractor, classifier, discriminator = benchmark.operations(config).values()
     student = 2 * (extractor + classifier + discriminator)
-    for views, answers in (("weak", 1), ("both", 2)):
-        config = dataclasses.replace(config, teacher_views=views)
+    for views, perturbation, answers in (("weak", 0.0, 1), ("both", 0.0, 2), ("both", 3.0, 4)):
+        config = dataclasses.replace(config, teacher_views=views, perturbation=perturbation)
         expected = config.batch_size * (3 * student + answers * (extractor + classifier))
         assert benchmark.operations_of_step(config) == expected
 

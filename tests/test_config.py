@@ -116,6 +116,7 @@ OTHER = {
     "teacher_views": ("both", "both"),
     "teacher_weight": ("0.5", 0.5),
     "teacher_start": ("0.35", 0.35),
+    "perturbation": ("1.5", 1.5),
     "alignment": ("0.25", 0.25),
     "confidence": ("0.7", 0.7),
     "precision": ("bf16", "bf16"),
@@ -272,6 +273,7 @@ def test_settings_of_a_run_that_lacks_later_ones_do_without_them():
     ("words", "reason"),
     [
         ("--recipe quick --teacher-weight 1", "--teacher-weight needs a teacher"),
+        ("--recipe quick --perturbation 1", "--perturbation needs a teacher"),
         ("--recipe modern --teacher-decay 0 --teacher-weight 0", "--adversary class-wise needs a teacher"),
         ("--recipe quick --teacher-decay 0.9 --adversary class-wise", "--network modern"),
         ("--recipe modern --teacher-decay 1", "--teacher-decay must be at least 0 and below 1"),

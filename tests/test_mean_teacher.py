@@ -58,6 +58,39 @@ def test_two_views_are_labelled_by_the_mean_of_the_answers():
     torch.testing.assert_close(teacher.label(weak, strong), expected)
 
 
+def test_the_perturbation_has_its_radius_and_worsens_what_the_teacher_reads():
+    torch.manual_seed(3)
+    teacher = MeanTeacher(DANN("modern", 0.0).double(), 0.9)
+    x, q = torch.randn(7, 1, 32, 32).double(), torch.randn(7, 10).double().mul(3).softmax(1)
+
+    def losses(images):
+        return nn.functional.cross_entropy(teacher.model(images), q, reduction="none")
+
+    moved = teacher.perturb(x, q, 0.5)
+    torch.testing.assert_close((moved - x).flatten(1).norm(dim=1), torch.full((7,), 0.5).double())
+    assert not moved.requires_grad
+    assert all(weight.grad is None for weight in teacher.model.parameters())
+    assert (losses(moved) > losses(x)).all()
+    # The steepest way up: no direction of the same length, but tiny, gains more.
+    tiny = losses(teacher.perturb(x, q, 1e-4)) - losses(x)
+    for _ in range(20):
+        other = torch.randn_like(x)
+        other *= 1e-4 / other.flatten(1).norm(dim=1)[:, None, None, None]
+        assert (losses(x + other) - losses(x) < tiny).all()
+
+
+def test_the_step_moves_target_images_where_the_teacher_teaches(monkeypatch, tmp_path):
+    trainer = make_trainer(dataclasses.replace(MODERN, perturbation=2.0), tmp_path)
+    seen = []
+    forward = trainer.losses.forward
+    monkeypatch.setattr(trainer.losses, "forward", lambda *x: seen.append(x[2]) or forward(*x))
+    x_s, y_s, x_t = next(iter(trainer.loader.epoch(0)))
+    for teaches in (False, True):
+        trainer.train_step(x_s, y_s, x_t, 0.1, 0.01, teaches)
+    assert torch.equal(seen[0], x_t[0])
+    torch.testing.assert_close((seen[1] - x_t[0]).flatten(1).norm(dim=1), torch.full((6,), 2.0))
+
+
 @pytest.mark.parametrize("views", ["weak", "both"])
 def test_the_step_gives_the_teacher_the_views_that_were_asked_for(monkeypatch, tmp_path, views):
     trainer = make_trainer(dataclasses.replace(MODERN, teacher_views=views), tmp_path)

@@ -102,6 +102,9 @@ class Config:
     )  # fmt: skip
     teacher_weight: float = _setting(0.0, "teacher", "weight of the loss on the teacher's labels", added=True)
     teacher_start: float = _setting(0.1, "teacher", "progress p at which that loss begins", added=True)
+    perturbation: float = _setting(
+        0.0, "teacher", "l2 norm by which target images move where the teacher reads them worst; 0: none", added=True
+    )
     alignment: float = _setting(
         0.0, "teacher", "how far the class shares of its labels are drawn towards equal ones, 0 to 1", added=True
     )
@@ -274,6 +277,7 @@ def check(config: Config) -> None:
         "epoch_steps",
         "teacher_weight",
         "teacher_start",
+        "perturbation",
     )
     for name in positive:
         if not getattr(config, name) > 0:

@@ -3,6 +3,7 @@
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model import CLASSES, DANN
@@ -45,6 +46,21 @@ class MeanTeacher:
         self.mean.lerp_(self.processes.mean_(q.mean(0)), MEAN_SHARE)
         q = q * (1 / CLASSES / self.mean) ** self.alignment
         return q / q.sum(1, keepdim=True)
+
+    def perturb(self, x: Tensor, q: Tensor, radius: float) -> Tensor:
+        """Images moved by `radius` (l2) to where the teacher itself would read them less as `q`.
+
+        Virtual adversarial training (Miyato et al., TPAMI 2018) with a single gradient, which is not zero here because
+        `q` is not what the teacher reads in `x` alone.
+
+        Shape: (N, C, S, S), (N, 10) -> (N, C, S, S)
+        """
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = F.cross_entropy(self.model(x).float(), q, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, x)
+        norm = gradient.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None]
+        return x.detach() + radius * gradient / norm
 
     @torch.no_grad()
     def follow(self, model: DANN) -> None:

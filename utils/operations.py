@@ -48,5 +48,6 @@ def operations_of_step(config: Config, adapts: bool = True) -> int:
     per_pair = 3 * (2 * extractor + 2 * discriminator + classifier)
     if config.teacher_decay:
         views = 2 if config.teacher_views == "both" else 1
-        per_pair += 3 * classifier + views * (extractor + classifier)
+        passes = views + (2 if config.perturbation else 0)  # forward, and backward to the image alone
+        per_pair += 3 * classifier + passes * (extractor + classifier)
     return per_pair * config.batch_size
