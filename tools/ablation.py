@@ -8,6 +8,7 @@ tools/report.py makes the README's table of them.
 
 import argparse
 import itertools
+import os
 import shutil
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def train(pair: str, variant: str, seed: int, args: argparse.Namespace) -> None:
     goal, folder = args.out / pair / f"{name}.json", args.runs / pair / name
     if goal.exists():
         return
-    command = [sys.executable, "main.py"]
+    command = [sys.executable, os.path.relpath(ROOT / "main.py")]
     if (folder / "last.pt").exists():
         command += ["--resume", str(folder)]
     else:
@@ -68,14 +69,14 @@ def train(pair: str, variant: str, seed: int, args: argparse.Namespace) -> None:
     command += ["--data-dir", str(args.data_dir)] if args.data_dir != Path("data") else []
     command += ["--threads", "1"] if args.jobs > 1 else []
     command += ["--dry-run"] if args.dry_run else []
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 130:
         raise Interrupted("interrupted: the same command goes on")
     if done.returncode:
         raise UserError(f"{pair}, {variant}, seed {seed} failed: {done.stderr.strip().splitlines()[-1]}")
     if not args.dry_run:
         make_folder(goal.parent)
-        shutil.copyfile(ROOT / folder / "result.json", goal)
+        shutil.copyfile(folder / "result.json", goal)
     say(f"{pair}, {variant}, seed {seed}: {done.stdout.strip().splitlines()[-2]}")
 
 
