@@ -22,7 +22,15 @@ sys.path.insert(0, str(ROOT))
 from tools.report_ablation import FOLDER as ABLATION  # noqa: E402
 from tools.report_ablation import ablation_report  # noqa: E402
 from tools.report_speed import speed_report  # noqa: E402
-from tools.tables import METHOD_NAMES, code, escape, markdown_table, read_record  # noqa: E402
+from tools.tables import (  # noqa: E402
+    METHOD_NAMES,
+    code,
+    escape,
+    markdown_table,
+    mean_and_deviation,
+    percents,
+    read_record,
+)
 from utils.cli import UserError, run_script, script_parser  # noqa: E402
 from utils.files import write_atomically  # noqa: E402
 
@@ -141,18 +149,12 @@ def unofficial(run: dict) -> list[str]:
     return [name for domain, name in official.items() if name and marks[domain] != {name}]
 
 
-def percents(row: list[dict], domain: str) -> list[float]:
-    """The row's test accuracies, from the exact counts."""
-    return [100 * run[f"{domain}_correct"] / run[f"{domain}_total"] for run in row]
-
-
 def accuracy_cell(row: list[dict], domain: str) -> str:
     """Mean ± sample standard deviation; of a single run its accuracy and its counts."""
     values = percents(row, domain)
     if len(values) == 1:
         return f"{values[0]:.2f} ({row[0][f'{domain}_correct']} / {row[0][f'{domain}_total']})"
-    # No-break spaces: a narrow page would otherwise split the number.
-    return f"{statistics.mean(values):.2f}\u00a0±\u00a0{statistics.stdev(values):.2f}"
+    return mean_and_deviation(values)
 
 
 def gain_cell(row: list[dict], table: list[list[dict]]) -> str:

@@ -4,7 +4,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from tools.tables import escape, markdown_table, read_record
+from tools.tables import escape, markdown_table, mean_and_deviation, percents, read_record
 from utils.cli import UserError
 
 FOLDER = "ablation"
@@ -33,20 +33,14 @@ def read_ablation(folder: Path) -> dict[str, dict[str, list[dict]]]:
     return found
 
 
-def accuracy(run: dict) -> float:
-    """Target test accuracy, %."""
-    return 100 * run["target_correct"] / run["target_total"]
-
-
 def cell(runs: list[dict], whole: list[dict]) -> str:
     """Mean ± sample standard deviation and, in brackets, the difference to the whole recipe, points."""
     if not runs:
         return "not run"
-    values = [accuracy(run) for run in runs]
-    text = f"{statistics.mean(values):.2f}"
-    text += f"\u00a0±\u00a0{statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    values = percents(runs, "target")
+    text = mean_and_deviation(values) if len(values) > 1 else f"{values[0]:.2f}"
     if whole and runs is not whole:
-        text += f" ({statistics.mean(values) - statistics.mean(map(accuracy, whole)):+.2f})"
+        text += f" ({statistics.mean(values) - statistics.mean(percents(whole, 'target')):+.2f})"
     return text
 
 

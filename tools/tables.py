@@ -2,11 +2,23 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 from utils.cli import UserError
 
 METHOD_NAMES = {"source-only": "source only", "dann": "DANN", "target-only": "trained on target"}
+
+
+def percents(runs: list[dict], domain: str) -> list[float]:
+    """Test accuracies of runs on their "source" or "target", from the exact counts."""
+    return [100 * run[f"{domain}_correct"] / run[f"{domain}_total"] for run in runs]
+
+
+def mean_and_deviation(values: list[float]) -> str:
+    """Mean ± sample standard deviation of at least two values."""
+    # No-break spaces: a narrow page would otherwise split the number.
+    return f"{statistics.mean(values):.2f}\u00a0±\u00a0{statistics.stdev(values):.2f}"
 
 
 def read_record(path: Path) -> dict:
