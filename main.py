@@ -430,7 +430,7 @@ def train(trainer: Trainer, preprocess: Preprocessing, log: RunLog) -> tuple[Eva
     tested = None
     board = Board(trainer, log) if trainer.processes.writes else None
     if board and not trainer.epoch and not trainer.step:
-        board.embed(0)
+        board.embed(0, *board.features())
 
     while trainer.epoch < trainer.epochs:
         epoch_started = time.perf_counter()

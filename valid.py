@@ -29,9 +29,13 @@ EVALUATION_BATCH = 1000
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The outcome of a test. Shape: confusion (10, 10) int64, rows the true digit, columns the predicted."""
+    """The outcome of a test: counts, rows the true digit, columns the predicted, and the digit read in each image.
+
+    Shape: confusion (10, 10) int64, predicted (N,) int64
+    """
 
     confusion: Tensor
+    predicted: Tensor
 
     @property
     def correct(self) -> int:
@@ -78,7 +82,7 @@ def evaluate(
     """Count right and wrong over a test set: the only accuracy code of this project."""
     predicted = predict(model, digits.images, preprocess, device, precision).argmax(1)
     pairs = digits.labels.cpu() * CLASSES + predicted
-    return Evaluation(torch.bincount(pairs, minlength=CLASSES**2).view(CLASSES, CLASSES))
+    return Evaluation(torch.bincount(pairs, minlength=CLASSES**2).view(CLASSES, CLASSES), predicted)
 
 
 @dataclass(frozen=True)

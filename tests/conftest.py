@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,20 @@ def large_optdigits() -> tuple[np.ndarray, np.ndarray]:
     framed = np.pad(digits.images[:, 0].numpy(), ((0, 0), (1, 1), (1, 1)))
     images = [np.asarray(Image.fromarray(image).resize((40, 40), Image.BICUBIC)) for image in framed]
     return np.stack(images), digits.labels.numpy()
+
+
+def start(monkeypatch, *arguments):
+    """Run main.py with these arguments, in this process."""
+    monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
+    main.main()
+
+
+def settings(tiny_data):
+    """A small run: three epochs of four steps."""
+    return (
+        "--network", "paper-mnist", "--image-size", 32, "--batch-size", 16, "--epochs", 3, "--precision", "fp32",
+        "--device", "cpu", "--no-download", "--data-dir", tiny_data,
+    )  # fmt: skip
 
 
 class Killed(Exception):

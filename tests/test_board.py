@@ -2,12 +2,11 @@
 
 import io
 import re
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import Killed, interrupt_after, kill
+from conftest import Killed, interrupt_after, kill, settings, start
 from PIL import Image
 from sklearn.decomposition import PCA
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -23,18 +22,6 @@ from valid import load_reader, outputs, predict
 
 LAST_STEP = 11  # of three epochs of four steps
 EACH = 18  # images of a domain in the projector: 2 · 18 = 6², and svhn has 23 test images
-
-
-def start(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
-    main.main()
-
-
-def settings(tiny_data):
-    return (
-        "--network", "paper-mnist", "--image-size", 32, "--batch-size", 16, "--epochs", 3, "--precision", "fp32",
-        "--device", "cpu", "--no-download", "--data-dir", tiny_data,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -287,12 +274,13 @@ def test_event_files_of_a_long_run_stay_small(tmp_path):
     trainer.pair = Noise()
     trainer.pair.source_test = trainer.pair.target_test = DigitSet("svhn", "test", images, labels, "SVHN", {})
     trainer.loader, trainer.loader.preprocess = Noise(), main.Preprocessing(32)
+    trainer.tested_model, trainer.device, trainer.precision = Noise(), torch.device("cpu"), "fp32"
+    trainer.tested_model.classifier = torch.nn.Linear(8192, 10)
     log = RunLog(tmp_path)
     board = Board(trainer, log)
-    board.readings = lambda images: torch.zeros(len(images), dtype=torch.int64)
-    board.features = lambda: [torch.rand(512, 8192, generator=generator) for _ in range(2)]
-    board.embed(0)
-    board.compare(1)
+    features = [torch.rand(512, 8192, generator=generator) for _ in range(2)]
+    board.embed(0, *features)
+    board.compare(1, *features)
     log.close()
 
     def size(pattern):

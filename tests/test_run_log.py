@@ -5,12 +5,11 @@ import itertools
 import json
 import signal
 import socket
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import Killed, interrupt_after, kill, press_ctrl_c
+from conftest import Killed, interrupt_after, kill, press_ctrl_c, settings, start
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -135,18 +134,6 @@ def test_images_are_stretched_to_full_range(tmp_path):
 
 
 # --- a whole run ------------------------------------------------------------------------------------
-
-
-def start(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
-    main.main()
-
-
-def settings(tiny_data):
-    return (
-        "--network", "paper-mnist", "--image-size", 32, "--batch-size", 16, "--epochs", 3, "--precision", "fp32",
-        "--device", "cpu", "--no-download", "--data-dir", tiny_data,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

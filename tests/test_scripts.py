@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import start
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -52,12 +53,6 @@ def run_script(script, *arguments):
     return subprocess.run(
         [sys.executable, script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
-
-
-def start(monkeypatch, *arguments):
-    """Run main.py in this process."""
-    monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
-    main.main()
 
 
 def parser_of(script):

@@ -14,7 +14,7 @@ from data_loader import DigitSet
 from tools.tables import METHOD_NAMES
 from utils.cli import UserError
 from utils.config import Config
-from valid import Evaluation, Reader, evaluate, load_reader, load_side_by_side, outputs, predict
+from valid import Evaluation, Reader, evaluate, load_reader, load_side_by_side, outputs
 
 ALWAYS = ("epoch", "lambda_p", "learning_rate", "loss_label", "source_accuracy", "target_accuracy")
 WHERE_ADAPTED = ("loss_domain", "domain_accuracy")  # null in an epoch without gradient reversal
@@ -47,10 +47,6 @@ class Network:
     def evaluate(self, digits: DigitSet) -> Evaluation:
         """Counts of right and wrong, by the one accuracy code."""
         return evaluate(self.reader.model, digits, self.reader.preprocess, self.device, self.precision)
-
-    def read(self, images: Tensor) -> Tensor:
-        """The digit read in each image. Shape: (N, C, H, W) uint8 -> (N,) int64"""
-        return predict(self.reader.model, images, self.reader.preprocess, self.device, self.precision).argmax(1)
 
     def features(self, images: Tensor) -> np.ndarray:
         """What the extractor makes of the images, in eval mode. Shape: (N, C, H, W) uint8 -> (N, F) float32"""

@@ -83,7 +83,7 @@ def draw(networks: list[Network], args: argparse.Namespace) -> dict:
         tested = {network.label: network.evaluate(target) for network in networks}
         confusions = {name: outcome.confusion for name, outcome in tested.items()}
         save("confusion", confusion_figure(confusions, target.mark))
-        readings = {network.label: network.read(target.images) for network in networks}
+        readings = {name: outcome.predicted for name, outcome in tested.items()}
         figure, misread = misread_figure(readings, target, run.reader.preprocess.image_size)
         save("misread", figure)
         figure, features = features_figure(networks, domains)

@@ -4,12 +4,12 @@ import dataclasses
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_loader import DigitSet
 from utils.config import to_dict
 from utils.run_log import RunLog
-from valid import Evaluation, outputs, predict
+from valid import Evaluation, outputs
 
 LARGEST_SIDE = 32  # thumbnails in a row of the projector's square of them, half of which are the source's
 COMPONENTS = 50  # of a feature vector that has more values than MOST_VALUES
@@ -46,9 +46,10 @@ class Board:
         self.log.scalars(step, accuracies)
         self.log.scalars(step, {"train/images_per_second": record["images_per_second"]})
         self.log.scalars(step, {f"target/{name}": value for name, value in signals.items()})
-        self.compare(step)
+        features = self.features()
+        self.compare(step, *features)
         if trainer.epoch == trainer.epochs:
-            self.embed(step)
+            self.embed(step, *features)
             self.read(step, tested)
             self.log.hyper_parameters(to_dict(trainer.config), accuracies)
 
@@ -58,28 +59,22 @@ class Board:
         settings = trainer.loader.preprocess, trainer.device, trainer.precision
         return [outputs(trainer.tested_model.extractor, part.images, *settings).cpu() for part in self.parts]
 
-    def readings(self, images: Tensor) -> Tensor:
-        """The digit read in each image. Shape: (N, C, H, W) uint8 -> (N,) int64"""
-        trainer = self.trainer
-        settings = trainer.loader.preprocess, trainer.device, trainer.precision
-        return predict(trainer.tested_model, images, *settings).argmax(1)
-
-    def embed(self, step: int) -> None:
+    def embed(self, step: int, f_s: Tensor, f_t: Tensor) -> None:
         """The features in the projector, with domain, digit and reading, and the images as thumbnails."""
-        resize = self.trainer.loader.preprocess.resize
+        trainer, resize = self.trainer, self.trainer.loader.preprocess.resize
         rows = []
-        for part in self.parts:
-            for digit, answer in zip(part.labels.tolist(), self.readings(part.images).tolist(), strict=True):
+        for part, f in zip(self.parts, (f_s, f_t), strict=True):
+            logits = outputs(trainer.tested_model.classifier, f, nn.Identity(), trainer.device, trainer.precision)
+            for digit, answer in zip(part.labels.tolist(), logits.argmax(1).tolist(), strict=True):
                 rows.append((part.domain, digit, answer, "yes" if answer == digit else "no"))
         thumbnails = torch.cat([resize(part.images).expand(-1, 3, -1, -1) for part in self.parts])
-        points = principal_components(torch.cat(self.features()))
+        points = principal_components(torch.cat((f_s, f_t)))
         self.log.embedding("features", step, points, rows, METADATA, thumbnails / 255)
 
-    def compare(self, step: int) -> None:
+    def compare(self, step: int, f_s: Tensor, f_t: Tensor) -> None:
         """The features of the two domains as histograms, one below the other and over each other."""
         from utils.plots import histograms_figure  # with matplotlib, which would keep the first step waiting
 
-        f_s, f_t = self.features()
         names = [part.domain for part in self.parts]
         self.log.histograms(step, {f"features/source_{names[0]}": f_s, f"features/target_{names[1]}": f_t})
         self.log.figure("features/both_domains", step, histograms_figure(f_s, f_t, *names))
@@ -88,17 +83,22 @@ class Board:
         """The confusion matrix on the target's test set, and digits of it that are misread."""
         from utils.plots import confusion_figure, misread_figure
 
-        target, name = spread_over(self.trainer.pair.target_test, READ), self.trainer.config.method
+        target, name = self.trainer.pair.target_test, self.trainer.config.method
         self.log.figure("target/confusion", step, confusion_figure({name: tested.confusion}, target.mark))
-        readings = {name: self.readings(target.images)}
-        figure, _ = misread_figure(readings, target, self.trainer.loader.preprocess.image_size)
+        readings = {name: tested.predicted[spread_index(target, READ)]}
+        figure, _ = misread_figure(readings, spread_over(target, READ), self.trainer.loader.preprocess.image_size)
         self.log.figure("target/misread", step, figure)
 
 
-def spread_over(digits: DigitSet, count: int) -> DigitSet:
-    """`count` images at equal distances over a set, or all where it has fewer."""
+def spread_index(digits: DigitSet, count: int) -> Tensor:
+    """Numbers of `count` images at equal distances over a set, or of all where it has fewer. Shape: -> (count,)"""
     count = min(count, len(digits))
-    index = torch.arange(count) * len(digits) // max(count, 1)
+    return torch.arange(count) * len(digits) // max(count, 1)
+
+
+def spread_over(digits: DigitSet, count: int) -> DigitSet:
+    """The images that `spread_index` numbers."""
+    index = spread_index(digits, count)
     return dataclasses.replace(digits, images=digits.images[index], labels=digits.labels[index])
 
 
