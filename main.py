@@ -198,7 +198,9 @@ class Trainer:
             distributed.join_batch_norms(self.model)
         self.teacher = None
         if config.teacher_decay:
-            self.teacher = MeanTeacher(self.model, config.teacher_decay, config.alignment, processes)
+            self.teacher = MeanTeacher(
+                self.model, config.teacher_decay, config.teacher_views, config.alignment, processes
+            )
         self.losses = Losses(self.model, config)
         if processes.count > 1:
             # In a warm start and for the bounds the discriminator gets no gradient.
@@ -267,9 +269,7 @@ class Trainer:
         with machine.autocast(self.device, self.precision):
             if self.adapts and self.teacher:
                 x_t, weak_t = x_t
-                q_t = self.teacher.label(*((weak_t, x_t) if config.teacher_views == "both" else (weak_t,)))
-                if teaches and config.perturbation:
-                    x_t = self.teacher.perturb(x_t, q_t, config.perturbation)
+                q_t, x_t = self.teacher.label(weak_t, x_t, config.perturbation if teaches else 0.0)
             # A tensor, because a compiled step would take each number for a step of its own.
             factor = torch.tensor(lambda_p) if self.compiled else lambda_p
             outcome = self.losses(x_s, y_s, x_t if self.adapts else None, factor, q_t, teaches)

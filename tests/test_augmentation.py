@@ -26,7 +26,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def still(count: int, size: int = 32) -> dict[str, torch.Tensor]:
-    """Draws of `random_appearance` that change nothing: no blur, inversion, background, noise or rectangle."""
+    """Draws of `random_appearance` that change nothing: no blur, inversion, background, noise or erasing."""
     numbers = torch.tensor([0.5, 0.9, 0.0, 0.0, 0.9, 0.5, 0.5, 0.0, 0.0, 0.5]).expand(count, 10).clone()
     return {
         "numbers": numbers,
@@ -40,9 +40,9 @@ def pictures(count: int, size: int = 32) -> torch.Tensor:
 
 
 def test_each_number_does_its_own_thing():
-    x = pictures(6)
+    x = pictures(5)
     z = (x - x.mean((1, 2, 3), keepdim=True)) / x.std((1, 2, 3), correction=0, keepdim=True)
-    draws = still(6)
+    draws = still(5)
     torch.testing.assert_close(random_appearance(x, draws), z, rtol=1e-4, atol=1e-5)
 
     draws["numbers"][0, 0] = 1.0  # as blurred as can be
@@ -50,7 +50,6 @@ def test_each_number_does_its_own_thing():
     draws["numbers"][2, 1] = 0.1  # inverted
     draws["numbers"][3, 2] = 1.0  # background
     draws["numbers"][4, 3] = 1.0  # noise
-    draws["numbers"][5, 4] = 0.1  # a rectangle in the centre, of 2 × 32/16 pixels to each side but half a pixel
     out = random_appearance(x, draws)
     row = np.array([1, 4, 6, 4, 1]) / 16
     blurred = np.stack([convolve(image[0].numpy(), np.outer(row, row), mode="nearest") for image in z[:2]])[:, None]
@@ -61,9 +60,27 @@ def test_each_number_does_its_own_thing():
     smooth = torch.nn.functional.interpolate(draws["background"][3:4], (32, 32), mode="bicubic", align_corners=False)
     torch.testing.assert_close(out[3:4], standardise(z[3:4] + 0.8 * smooth), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(out[4:5], standardise(z[4:5] + 0.2 * draws["noise"][4:5]), rtol=1e-3, atol=1e-4)
-    covered = z[5:6].clone()
-    covered[:, :, 15:18, 15:18] = 0  # pixels less than 2 from pixel 16
-    torch.testing.assert_close(out[5:6], standardise(covered), rtol=1e-3, atol=1e-4)
+
+
+def test_erasing_covers_what_was_drawn():
+    z = standardise(pictures(5))
+    draws = still(5)
+    # erase, left, top, area (on a logarithmic scale), shape, brightness
+    draws["numbers"][:, 4:] = torch.tensor(
+        [
+            [0.69, 0.50, 0.50, 1.0, 0.5, 0.75],  # the largest square: 102.4 pixels, 5.06 from its centre to a side
+            [0.69, 0.50, 0.25, 0.0, 1.0, 1.00],  # the smallest and longest bar: 9.05 by 0.905 pixels
+            [0.69, 0.50, 0.25, 0.0, 0.0, 0.00],  # the same, upright
+            [0.69, 0.00, 1.00, 1.0, 1.0, 0.50],  # at the corner: most of it lies outside
+            [0.71, 0.50, 0.50, 1.0, 0.5, 0.75],  # three images in ten are left as they are
+        ]
+    )
+    expected = z.clone()
+    expected[0, :, 11:22, 11:22] = 1.5
+    expected[1, :, 8, 12:21] = 3
+    expected[2, :, 4:13, 16] = -3
+    expected[3, :, 31:, :16] = 0  # 32 by 3.2 pixels around column 0 and row 32
+    torch.testing.assert_close(random_appearance(z, draws), standardise(expected), rtol=1e-4, atol=1e-5)
 
 
 def test_strong_images_are_standardised_and_all_different():

@@ -274,7 +274,10 @@ def test_settings_of_a_run_that_lacks_later_ones_do_without_them():
     [
         ("--recipe quick --teacher-weight 1", "--teacher-weight needs a teacher"),
         ("--recipe quick --perturbation 1", "--perturbation needs a teacher"),
-        ("--recipe modern --teacher-decay 0 --teacher-weight 0", "--adversary class-wise needs a teacher"),
+        (
+            "--recipe modern --teacher-decay 0 --teacher-weight 0 --perturbation 0",
+            "--adversary class-wise needs a teacher",
+        ),
         ("--recipe quick --teacher-decay 0.9 --adversary class-wise", "--network modern"),
         ("--recipe modern --teacher-decay 1", "--teacher-decay must be at least 0 and below 1"),
         ("--recipe modern --confidence -0.1", "--confidence must be at least 0 and below 1"),

@@ -16,6 +16,7 @@ VARIANTS = {  # what is off, and the flags that turn it off
     "no teacher labels": ("--teacher-weight", "0"),
     "one view for the teacher": ("--teacher-views", "weak"),
     "no alignment": ("--alignment", "0"),
+    "no perturbation": ("--perturbation", "0"),
     "no label smoothing": ("--label-smoothing", "0"),
     "affine augmentation": ("--augmentation", "affine"),
     "source only": ("--method", "source-only"),

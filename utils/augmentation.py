@@ -12,9 +12,13 @@ Draws = dict[str, Tensor]  # what was drawn, by name; images first in every tens
 
 # Bounds of angle (radians), shear, the two scales and the two shifts (of half the image's size).
 AFFINE = (15 * torch.pi / 180, 0.15, 0.15, 0.15, 0.125, 0.125)
-STRONG = (15 * torch.pi / 180, 0.20, 0.35, 0.35, 0.150, 0.150)
+STRONG = (15 * torch.pi / 180, 0.20, 0.35, 0.35, 0.050, 0.050)  # small shifts: digits that fill the image stay in it
 WEAK = tuple(0.3 * bound for bound in AFFINE)
 ELASTIC = 0.12  # the largest deviation of the elastic displacements, of half the image's size
+
+# Random erasing: how often, the least and the largest share of the area, how much longer than wide at most, and the
+# strongest brightness (in standard deviations).
+ERASING, AREAS, RATIO, BRIGHTNESS = 0.7, (0.008, 0.1), 10.0, 3.0
 
 
 def draw(augmentation: str, count: int, size: int, generator: torch.Generator) -> Draws:
@@ -85,15 +89,16 @@ def appearance_draws(count: int, size: int, generator: torch.Generator) -> Draws
 
 
 def random_appearance(x: Tensor, draws: Draws) -> Tensor:
-    """Blur or sharpen, invert, add a smooth background and noise, and cover a rectangle of each image.
+    """Blur or sharpen, invert, add a smooth background and noise, and erase a rectangle or a bar of each image.
 
-    Amplitudes count in standard deviations of the image, which comes out with zero mean and unit variance.
+    The last is random erasing (Zhong et al., AAAI 2020), by smaller and longer shapes than theirs. Amplitudes count in
+    standard deviations of the image, which comes out with zero mean and unit variance.
 
     Shape: (N, C, S, S) -> (N, C, S, S)
     """
     size = x.shape[-1]
     numbers = draws["numbers"].view(len(x), 10, 1, 1, 1).unbind(1)
-    sharpness, invert, amplitude, grain, cover, left, top, wide, high, value = numbers
+    sharpness, invert, amplitude, grain, erase, left, top, large, long, value = numbers
     x = standardise(x)
     # −1 … 1: half of the images are blurred, up to wholly, the others sharpened by as much.
     x = x + (2 * sharpness - 1) * (blur(x) - x)
@@ -101,10 +106,12 @@ def random_appearance(x: Tensor, draws: Draws) -> Tensor:
     background = F.interpolate(draws["background"], (size, size), mode="bicubic", align_corners=False)
     x = x + (1.1 * amplitude - 0.3).clamp_min(0) * background + 0.2 * grain * draws["noise"]
     pixel = torch.arange(size, device=x.device)
-    across = (pixel - size * left).abs() < size * (1 + 2 * wide) / 16
-    down = (pixel - size * top).abs() < size * (1 + 2 * high) / 16
-    covered = across & down.mT & (cover < 0.5)
-    return standardise(torch.where(covered, 2 * value - 1, x))
+    area = size**2 * AREAS[0] * (AREAS[1] / AREAS[0]) ** large
+    ratio = RATIO ** (2 * long - 1)
+    across = (pixel - size * left).abs() < (area * ratio).sqrt() / 2
+    down = (pixel - size * top).abs() < (area / ratio).sqrt() / 2
+    erased = across & down.mT & (erase < ERASING)
+    return standardise(torch.where(erased, BRIGHTNESS * (2 * value - 1), x))
 
 
 def blur(x: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class Config:
     separate_domains: bool = _setting(False, "schedule", "forward each domain by itself (own batch statistics)")
     augmentation: str = _setting(
         "none", "schedule",
-        "random change of both domains' training images; strong: shape, blur, inversion, background, noise, cutout",
+        "random change of both domains' training images; strong: shape, blur, inversion, background, noise, erasing",
         choices=("none", "affine", "strong"),
     )  # fmt: skip
     label_smoothing: float = _setting(0.0, "schedule", "share of a source label spread over all classes", added=True)
@@ -192,8 +192,8 @@ def _modern(source: str, target: str) -> Config:
         image_size=32,
         normalisation="per-image",
         dropout=0.0,
-        epochs=10,
-        epoch_steps=190,
+        epochs=9,
+        epoch_steps=180,
         augmentation="strong",
         label_smoothing=0.1,
         optimizer="adamw",
@@ -206,6 +206,7 @@ def _modern(source: str, target: str) -> Config:
         teacher_views="both",
         teacher_weight=1.0,
         teacher_start=0.15,
+        perturbation=3.0,
         alignment=1.0,
         confidence=0.7,
     )

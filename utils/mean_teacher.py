@@ -19,48 +19,67 @@ class MeanTeacher:
         model: the network to follow; the teacher starts as its copy, in eval mode.
         decay: share of the average that stays in each step, in (0, 1). It is smaller in the first steps, so that the
             weights that training began with are soon forgotten.
+        views: what it labels, "weak" or "both".
         alignment: κ of `label`, in [0, 1].
         processes: those that train together, each with its share of a batch.
     """
 
-    def __init__(self, model: DANN, decay: float, alignment: float = 0.0, processes: Processes = ALONE):
+    def __init__(
+        self,
+        model: DANN,
+        decay: float,
+        views: str = "weak",
+        alignment: float = 0.0,
+        processes: Processes = ALONE,
+    ):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay, self.alignment, self.processes, self.steps = decay, alignment, processes, 0
+        self.decay, self.views, self.alignment, self.processes, self.steps = decay, views, alignment, processes, 0
         self.mean = next(model.parameters()).new_full((CLASSES,), 1 / CLASSES)  # of its predictions, a moving average
 
     @torch.no_grad()
-    def label(self, *views: Tensor) -> Tensor:
-        """Class probabilities of preprocessed target images, aligned to an estimate of the target's class shares.
+    def label(self, weak: Tensor, strong: Tensor, radius: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Class probabilities of preprocessed target images, and the strongly changed ones moved by `radius` (l2).
 
-        They are the mean over the views of an image: it is only sure where it reads all of them alike.
+        With both views the probabilities are the mean of those of the weakly and of the strongly changed image: the
+        teacher is only sure where it reads the two alike.
+
+        An image moves to where the teacher reads it less as it has labelled it (virtual adversarial training, Miyato
+        et al., TPAMI 2018). A single gradient gives the direction: it is not zero here, because the label comes from
+        another view than the one that moves.
+
+        Shape: (N, C, S, S), (N, C, S, S) -> (N, 10) float32, rows sum to 1; (N, C, S, S)
+        """
+        logits = self.model(weak).float()
+        q = logits.softmax(1)
+        if self.views == "both" or radius:
+            with torch.set_grad_enabled(radius > 0):
+                strong = strong.detach().requires_grad_(radius > 0)
+                logits = self.model(strong).float()
+            if self.views == "both":
+                q = (q + logits.softmax(1)) / 2
+        q = self.align(q)
+        if radius:
+            with torch.enable_grad():
+                loss = F.cross_entropy(logits, q, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, strong)
+            norm = gradient.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None]
+            strong = strong.detach() + radius * gradient / norm
+        return q, strong
+
+    def align(self, q: Tensor) -> Tensor:
+        """Draw probabilities to an estimate of the target's class shares.
 
         Each class counts by (uniform / mean prediction)^κ (distribution alignment, Berthelot et al. 2020): the target
         is taken to have the shares that were predicted, drawn towards equal ones by κ. With κ = 0 a class that is read
         less and less often is lost; with κ = 1 all classes are taken to be alike in size.
 
-        Shape: each (N, C, S, S) -> (N, 10) float32, rows sum to 1
+        Shape: (N, 10) -> (N, 10), rows sum to 1
         """
-        q = self.model(torch.cat(views)).float().softmax(1).unflatten(0, (len(views), -1)).mean(0)
         if not self.alignment:
             return q
         self.mean.lerp_(self.processes.mean_(q.mean(0)), MEAN_SHARE)
         q = q * (1 / CLASSES / self.mean) ** self.alignment
         return q / q.sum(1, keepdim=True)
-
-    def perturb(self, x: Tensor, q: Tensor, radius: float) -> Tensor:
-        """Images moved by `radius` (l2) to where the teacher itself would read them less as `q`.
-
-        Virtual adversarial training (Miyato et al., TPAMI 2018) with a single gradient, which is not zero here because
-        `q` is not what the teacher reads in `x` alone.
-
-        Shape: (N, C, S, S), (N, 10) -> (N, C, S, S)
-        """
-        x = x.detach().requires_grad_()
-        with torch.enable_grad():
-            loss = F.cross_entropy(self.model(x).float(), q, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, x)
-        norm = gradient.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None]
-        return x.detach() + radius * gradient / norm
 
     @torch.no_grad()
     def follow(self, model: DANN) -> None:

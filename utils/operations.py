@@ -38,8 +38,8 @@ def operations(config: Config) -> dict[str, int]:
 def operations_of_step(config: Config, adapts: bool = True) -> int:
     """Operations of a training step: 3 × forward, of which 2 × for the backward pass.
 
-    The classifier sees source images alone, unless there is a teacher, which itself has a forward pass for each view
-    that it labels.
+    The classifier sees source images alone, unless there is a teacher, which itself has a forward pass for each view,
+    and where images move a backward one.
     """
     parts = operations(config)
     extractor, classifier, discriminator = (parts[name] for name in ("extractor", "classifier", "discriminator"))
@@ -47,7 +47,7 @@ def operations_of_step(config: Config, adapts: bool = True) -> int:
         return 3 * (extractor + classifier) * config.batch_size
     per_pair = 3 * (2 * extractor + 2 * discriminator + classifier)
     if config.teacher_decay:
-        views = 2 if config.teacher_views == "both" else 1
-        passes = views + (2 if config.perturbation else 0)  # forward, and backward to the image alone
+        moves = config.perturbation > 0
+        passes = 1 + (moves or config.teacher_views == "both") + moves  # of each view, and back to the image alone
         per_pair += 3 * classifier + passes * (extractor + classifier)
     return per_pair * config.batch_size
