@@ -5,6 +5,7 @@ Whole sets live as uint8 tensors on the training device; a batch is gathered, au
 
 import bz2
 import gzip
+import math
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -344,15 +345,21 @@ class PairedLoader:
         """Gather, augment and preprocess. Shape: (N, C, S, S) uint8, (B,), B of each draw -> (B, C, S, S)."""
         return self.preprocess.normalise(augment(images[index].float().div_(255), draws))
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The batches of epoch `epoch` (from 0), from step `first_step` on."""
+    def epoch(
+        self, epoch: int, first_step: int = 0, affine_from: float = math.inf
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The batches of epoch `epoch` (from 0), from step `first_step` on.
+
+        From step `affine_from` on, which may lie in another epoch, affine changes are the only ones.
+        """
         length, device = self.steps * self.batch_size, self.images_s.device
         order_s = shuffled_passes(len(self.images_s), length, seed_of(self.seed, epoch, 0)).to(device)
         order_t = shuffled_passes(len(self.images_t), length, seed_of(self.seed, epoch, 1)).to(device)
         generator = torch.Generator(device).manual_seed(seed_of(self.seed, epoch, 2))
-        views = [self.augmentation, self.augmentation, *["weak"] * self.two_views]  # of the source, and of the target
 
         for step in range(self.steps):
+            augmentation = "affine" if step >= affine_from else self.augmentation
+            views = [augmentation, augmentation, *["weak"] * self.two_views]  # of the source, and of the target
             # For the whole batch, and for steps already done, so that they are the same each time.
             draws = [draw(view, self.batch_size, self.preprocess.image_size, generator) for view in views]
             if step < first_step:

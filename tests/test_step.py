@@ -283,7 +283,7 @@ def test_adaptation_after_a_warm_start_has_no_old_momentum(tmp_path):
     config = dataclasses.replace(WARM, frozen_convolutions=(), lr=0.1)
     trainer = make_trainer(config, tmp_path, steps=1, double=True)
     batches = {epoch: random_batch(config, epoch, torch.float64) for epoch in (0, 1)}
-    trainer.loader.epoch = lambda epoch, first_step: iter([batches[epoch]])
+    trainer.loader.epoch = lambda epoch, *_: iter([batches[epoch]])
     trainer.train_epoch(SilentLog())
 
     before = copy.deepcopy(trainer.model.state_dict())

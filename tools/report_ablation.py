@@ -18,6 +18,7 @@ VARIANTS = {  # what is off, and the flags that turn it off
     "no alignment": ("--alignment", "0"),
     "no perturbation": ("--perturbation", "0"),
     "no label smoothing": ("--label-smoothing", "0"),
+    "strong augmentation to the end": ("--strong-until", "1"),
     "affine augmentation": ("--augmentation", "affine"),
     "source only": ("--method", "source-only"),
 }

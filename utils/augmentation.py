@@ -82,35 +82,36 @@ def appearance_draws(count: int, size: int, generator: torch.Generator) -> Draws
     """What `random_appearance` needs for `count` images of `size` × `size` pixels. Shape: images first in each."""
     device = generator.device
     return {
-        "numbers": torch.rand(count, 10, device=device, generator=generator),
+        "numbers": torch.rand(count, 11, device=device, generator=generator),
         "background": torch.randn(count, 1, 4, 4, device=device, generator=generator),
         "noise": torch.randn(count, 1, size, size, device=device, generator=generator),
     }
 
 
 def random_appearance(x: Tensor, draws: Draws) -> Tensor:
-    """Blur or sharpen, invert, add a smooth background and noise, and erase a rectangle or a bar of each image.
+    """Blur or sharpen, invert, add a smooth background and noise, and erase a rectangle or a bar of most images.
 
-    The last is random erasing (Zhong et al., AAAI 2020), by smaller and longer shapes than theirs. Amplitudes count in
-    standard deviations of the image, which comes out with zero mean and unit variance.
+    The last is random erasing (Zhong et al., AAAI 2020), by smaller, longer and turned shapes.
+    Amplitudes count in standard deviations of the image, which comes out with zero mean and unit variance.
 
     Shape: (N, C, S, S) -> (N, C, S, S)
     """
     size = x.shape[-1]
-    numbers = draws["numbers"].view(len(x), 10, 1, 1, 1).unbind(1)
-    sharpness, invert, amplitude, grain, erase, left, top, large, long, value = numbers
+    numbers = draws["numbers"].view(len(x), 11, 1, 1, 1).unbind(1)
+    sharpness, invert, amplitude, grain, erase, left, top, large, long, turn, value = numbers
     x = standardise(x)
     # −1 … 1: half of the images are blurred, up to wholly, the others sharpened by as much.
     x = x + (2 * sharpness - 1) * (blur(x) - x)
     x = torch.where(invert < 0.5, -x, x)
     background = F.interpolate(draws["background"], (size, size), mode="bicubic", align_corners=False)
     x = x + (1.1 * amplitude - 0.3).clamp_min(0) * background + 0.2 * grain * draws["noise"]
-    pixel = torch.arange(size, device=x.device)
     area = size**2 * AREAS[0] * (AREAS[1] / AREAS[0]) ** large
-    ratio = RATIO ** (2 * long - 1)
-    across = (pixel - size * left).abs() < (area * ratio).sqrt() / 2
-    down = (pixel - size * top).abs() < (area / ratio).sqrt() / 2
-    erased = across & down.mT & (erase < ERASING)
+    ratio = RATIO**long
+    pixel = torch.arange(size, device=x.device)
+    right, down = pixel - size * left, (pixel - size * top).mT
+    cos, sin = (torch.pi * turn).cos(), (torch.pi * turn).sin()
+    along, across = cos * right + sin * down, cos * down - sin * right
+    erased = (along.abs() < (area * ratio).sqrt() / 2) & (across.abs() < (area / ratio).sqrt() / 2) & (erase < ERASING)
     return standardise(torch.where(erased, BRIGHTNESS * (2 * value - 1), x))
 
 

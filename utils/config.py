@@ -61,6 +61,9 @@ class Config:
         "random change of both domains' training images; strong: shape, blur, inversion, background, noise, erasing",
         choices=("none", "affine", "strong"),
     )  # fmt: skip
+    strong_until: float = _setting(
+        1.0, "schedule", "progress p at which strong augmentation gives way to affine; 1: never", added=True
+    )
     label_smoothing: float = _setting(0.0, "schedule", "share of a source label spread over all classes", added=True)
 
     optimizer: str = _setting("sgd", "optimiser", "update rule", choices=("sgd", "adamw"))
@@ -195,6 +198,7 @@ def _modern(source: str, target: str) -> Config:
         epochs=9,
         epoch_steps=180,
         augmentation="strong",
+        strong_until=0.78,
         label_smoothing=0.1,
         optimizer="adamw",
         lr=2e-3,
@@ -292,8 +296,9 @@ def check(config: Config) -> None:
             raise UserError(f"--{item.name.replace('_', '-')} must be a finite number, not {value}")
     if any(number < 1 for number in config.frozen_convolutions):
         raise UserError(f"--frozen-convolutions counts from 1, not {min(config.frozen_convolutions)}")
-    if not 0 <= config.alignment <= 1:
-        raise UserError(f"--alignment must be between 0 and 1, not {config.alignment}")
+    for name in ("alignment", "strong_until"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(config, name)}")
     for name in ("dropout", "label_smoothing", "teacher_decay", "confidence"):
         if not 0 <= getattr(config, name) < 1:
             flag = name.replace("_", "-")
