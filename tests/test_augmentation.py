@@ -18,6 +18,7 @@ from utils.augmentation import (
     draw,
     elastic_draws,
     random_appearance,
+    random_erasing,
     random_warp,
     standardise,
 )
@@ -30,9 +31,9 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def still(count: int, size: int = 32) -> dict[str, torch.Tensor]:
     """Draws of `random_appearance` that change nothing: no blur, inversion, background, noise or erasing."""
-    numbers = torch.tensor([0.5, 0.9, 0.0, 0.0, 0.9, 0.5, 0.5, 0.0, 0.0, 0.0, 0.5]).expand(count, 11).clone()
     return {
-        "numbers": numbers,
+        "numbers": torch.tensor([0.5, 0.9, 0.0, 0.0]).repeat(count, 1),
+        "erasing": torch.full((count, 2, 7), 0.9),
         "background": torch.randn(count, 1, 4, 4, generator=generator(1)),
         "noise": torch.randn(count, 1, size, size, generator=generator(2)),
     }
@@ -67,9 +68,8 @@ def test_each_number_does_its_own_thing():
 
 def test_erasing_covers_what_was_drawn():
     z = standardise(pictures(6))
-    draws = still(6)
     # erase, left, top, area (on a logarithmic scale), length, turn (of 180°), brightness
-    draws["numbers"][:, 4:] = torch.tensor(
+    numbers = torch.tensor(
         [
             [0.69, 0.50, 0.50, 1.0, 0.0, 0.00, 0.75],  # the largest square: 102.4 pixels, 5.06 to each side
             [0.69, 0.50, 0.25, 0.0, 1.0, 0.00, 1.00],  # the smallest and longest bar: 9.05 by 0.905 pixels
@@ -86,6 +86,12 @@ def test_erasing_covers_what_was_drawn():
     diagonal = torch.arange(13, 20)  # 4.52 to each side, √2 a pixel
     expected[3, :, diagonal, diagonal] = 3
     expected[4, :, 31:, :16] = 0  # 32 by 3.2 pixels around column 0 and row 32
+    assert torch.equal(random_erasing(z, numbers), expected)
+
+    draws = still(6)
+    draws["erasing"][:, 0] = numbers
+    draws["erasing"][:, 1] = numbers[1]  # over the first
+    expected[:, :, 8, 12:21] = 3
     torch.testing.assert_close(random_appearance(z, draws), standardise(expected), rtol=1e-4, atol=1e-5)
 
 

@@ -247,7 +247,31 @@ def pair_table(table: list[list[dict]], reported: list[dict], home: Path) -> str
     ]  # fmt: skip
     folders = {Path(os.path.relpath(run["path"].parent, home)).as_posix() for row in table for run in row}
     links = ", ".join(f"[{folder}]({quote(folder)})" for folder in sorted(folders))
-    return f"{heading}\n\n{markdown_table(header, 'lrrrlll', rows)}\n\nEvery run: {links}"
+    remarks = " ".join(f"{remark}." for remark in [*modern_remarks(table), f"Every run: {links}"])
+    return f"{heading}\n\n{markdown_table(header, 'lrrrlll', rows)}\n\n{remarks}"
+
+
+def modern_remarks(table: list[list[dict]]) -> list[str]:
+    """Of DANN with the recipe `modern`: its worst seed, and how much of the gap between the bounds it closes."""
+    remarks = []
+    for row in table:
+        if (row[0]["recipe"], row[0]["method"]) != ("modern", "dann"):
+            continue
+        values = percents(row, "target")
+        if len(values) > 1:
+            remarks.append(f"Worst of {len(values)} seeds with `modern`: {min(values):.2f} %")
+        lower = [row for row in table if (row[0]["recipe"], row[0]["method"]) == ("paper", "source-only")]
+        upper = [
+            other
+            for other in table
+            if (other[0]["recipe"], other[0]["method"], setup(other[0])) == ("modern", "target-only", setup(row[0]))
+        ]
+        if len(lower) == len(upper) == 1:
+            low, high = (statistics.mean(percents(rows, "target")) for (rows,) in (lower, upper))
+            share = (statistics.mean(values) - low) / (high - low)
+            bounds = "source only with `paper` and trained on target with `modern`"
+            remarks.append(f"It closes {100 * share:.1f} % of the gap between {bounds}")
+    return remarks
 
 
 def cost_table(results: list[dict]) -> str:

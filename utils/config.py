@@ -198,7 +198,7 @@ def _modern(source: str, target: str) -> Config:
         epochs=9,
         epoch_steps=180,
         augmentation="strong",
-        strong_until=0.78,
+        strong_until=0.67,
         label_smoothing=0.1,
         optimizer="adamw",
         lr=2e-3,
