@@ -159,16 +159,19 @@ def accuracy_cell(row: list[dict], domain: str) -> str:
 
 def gain_cell(row: list[dict], table: list[list[dict]]) -> str:
     """Points of target accuracy that DANN adds to source-only training with the same settings."""
-    run = row[0]
-    if run["method"] != "dann":
+    if row[0]["method"] != "dann":
         return ""
-    for other in table:
-        first = other[0]
-        same = (first["recipe"], setup(first)) == (run["recipe"], setup(run))
-        if same and first["method"] == "source-only":
-            gain = statistics.mean(percents(row, "target")) - statistics.mean(percents(other, "target"))
-            return f"{gain:+.2f}"
-    return "–"
+    plain = with_method("source-only", row, table)
+    if not plain:
+        return "–"
+    return f"{statistics.mean(percents(row, 'target')) - statistics.mean(percents(plain, 'target')):+.2f}"
+
+
+def with_method(method: str, row: list[dict], table: list[list[dict]]) -> list[dict]:
+    """The row of another method with the same recipe and settings; empty where there is none."""
+    wanted = (method, row[0]["recipe"], setup(row[0]))
+    same = (other for other in table if (other[0]["method"], other[0]["recipe"], setup(other[0])) == wanted)
+    return next(same, [])
 
 
 def method_cell(row: list[dict], table: list[list[dict]]) -> str:
@@ -260,14 +263,10 @@ def modern_remarks(table: list[list[dict]]) -> list[str]:
         values = percents(row, "target")
         if len(values) > 1:
             remarks.append(f"Worst of {len(values)} seeds with `modern`: {min(values):.2f} %")
-        lower = [row for row in table if (row[0]["recipe"], row[0]["method"]) == ("paper", "source-only")]
-        upper = [
-            other
-            for other in table
-            if (other[0]["recipe"], other[0]["method"], setup(other[0])) == ("modern", "target-only", setup(row[0]))
-        ]
-        if len(lower) == len(upper) == 1:
-            low, high = (statistics.mean(percents(rows, "target")) for (rows,) in (lower, upper))
+        lower = [other for other in table if (other[0]["recipe"], other[0]["method"]) == ("paper", "source-only")]
+        upper = with_method("target-only", row, table)
+        if len(lower) == 1 and upper:
+            low, high = (statistics.mean(percents(rows, "target")) for rows in (*lower, upper))
             share = (statistics.mean(values) - low) / (high - low)
             bounds = "source only with `paper` and trained on target with `modern`"
             remarks.append(f"It closes {100 * share:.1f} % of the gap between {bounds}")

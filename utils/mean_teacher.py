@@ -20,7 +20,7 @@ class MeanTeacher:
         decay: share of the average that stays in each step, in (0, 1). It is smaller in the first steps, so that the
             weights that training began with are soon forgotten.
         views: what it labels, "weak" or "both".
-        alignment: κ of `label`, in [0, 1].
+        alignment: κ of `align`, in [0, 1].
         processes: those that train together, each with its share of a batch.
     """
 
@@ -44,13 +44,12 @@ class MeanTeacher:
         teacher is only sure where it reads the two alike.
 
         An image moves to where the teacher reads it less as it has labelled it (virtual adversarial training, Miyato
-        et al., TPAMI 2018). A single gradient gives the direction: it is not zero here, because the label comes from
-        another view than the one that moves.
+        et al., TPAMI 2018). A single gradient gives the direction: it is not zero here, because the label comes not
+        from the view that moves alone.
 
         Shape: (N, C, S, S), (N, C, S, S) -> (N, 10) float32, rows sum to 1; (N, C, S, S)
         """
-        logits = self.model(weak).float()
-        q = logits.softmax(1)
+        q = self.model(weak).float().softmax(1)
         if self.views == "both" or radius:
             with torch.set_grad_enabled(radius > 0):
                 strong = strong.detach().requires_grad_(radius > 0)
