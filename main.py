@@ -55,7 +55,7 @@ from utils.mean_teacher import MeanTeacher
 from utils.optimisation import freeze, gradient_norms, limit_norms, make_optimizer
 from utils.records import epoch_record, images_per_step, label_free_signals, result_record
 from utils.run_log import RunLog, SilentLog, epoch_line, say
-from utils.schedules import adaptation_factor, learning_rate
+from utils.schedules import learning_rate, reversal_weight
 from valid import Evaluation, evaluate, load_side_by_side, predict
 
 LOG_EVERY_STEPS = 50
@@ -312,7 +312,7 @@ class Trainer:
             phase_step = phase_epoch * steps + self.step
             p = 0.0 if warm else phase_step / (config.epochs * steps)
             p_lambda = p if config.lambda_update == "step" else phase_epoch / config.epochs
-            lambda_p = config.lambda_max * adaptation_factor(p_lambda, config.gamma) if self.adapts else 0.0
+            lambda_p = reversal_weight(config, p_lambda) if self.adapts else 0.0
             mu_p = learning_rate(config, p, phase_step)
 
             outcome = self.train_step(x_s, y_s, x_t, lambda_p, mu_p, self.adapts and p >= config.teacher_start)

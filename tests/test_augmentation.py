@@ -33,7 +33,7 @@ def still(count: int, size: int = 32) -> dict[str, torch.Tensor]:
     """Draws of `random_appearance` that change nothing: no blur, inversion, background, noise or erasing."""
     return {
         "numbers": torch.tensor([0.5, 0.9, 0.0, 0.0]).repeat(count, 1),
-        "erasing": torch.full((count, 2, 7), 0.9),
+        "erasing": torch.full((count, 7), 0.9),
         "background": torch.randn(count, 1, 4, 4, generator=generator(1)),
         "noise": torch.randn(count, 1, size, size, generator=generator(2)),
     }
@@ -68,30 +68,28 @@ def test_each_number_does_its_own_thing():
 
 def test_erasing_covers_what_was_drawn():
     z = standardise(pictures(6))
-    # erase, left, top, area (on a logarithmic scale), length, turn (of 180°), brightness
+    # erase, left, top (over the middle half), area (on a logarithmic scale), length, turn (of 180°), dark or bright
     numbers = torch.tensor(
         [
-            [0.69, 0.50, 0.50, 1.0, 0.0, 0.00, 0.75],  # the largest square: 102.4 pixels, 5.06 to each side
-            [0.69, 0.50, 0.25, 0.0, 1.0, 0.00, 1.00],  # the smallest and longest bar: 9.05 by 0.905 pixels
-            [0.69, 0.50, 0.25, 0.0, 1.0, 0.50, 0.00],  # the same, upright
-            [0.69, 0.50, 0.50, 0.0, 1.0, 0.25, 1.00],  # and from the upper left to the lower right
-            [0.69, 0.00, 1.00, 1.0, 1.0, 0.00, 0.50],  # at the corner: most of it lies outside
+            [0.69, 0.50, 0.50, 1.0, 0.0, 0.00, 0.51],  # the largest square: 102.4 pixels, 5.06 to each side
+            [0.69, 0.50, 0.00, 0.0, 1.0, 0.00, 0.99],  # the smallest and longest bar: 9.05 by 0.905 pixels
+            [0.69, 0.50, 0.00, 0.0, 1.0, 0.50, 0.49],  # the same, upright
+            [0.69, 0.50, 0.50, 0.0, 1.0, 0.25, 0.01],  # and from the upper left to the lower right
+            [0.69, 0.00, 1.00, 1.0, 1.0, 0.00, 0.49],  # at the lower left: some of it lies outside
             [0.71, 0.50, 0.50, 1.0, 0.5, 0.00, 0.75],  # three images in ten are left as they are
         ]
     )
     expected = z.clone()
-    expected[0, :, 11:22, 11:22] = 1.5
-    expected[1, :, 8, 12:21] = 3
-    expected[2, :, 4:13, 16] = -3
+    expected[0, :, 11:22, 11:22] = z[0].max()
+    expected[1, :, 8, 12:21] = z[1].max()
+    expected[2, :, 4:13, 16] = z[2].min()
     diagonal = torch.arange(13, 20)  # 4.52 to each side, √2 a pixel
-    expected[3, :, diagonal, diagonal] = 3
-    expected[4, :, 31:, :16] = 0  # 32 by 3.2 pixels around column 0 and row 32
+    expected[3, :, diagonal, diagonal] = z[3].min()
+    expected[4, :, 23:26, :24] = z[4].min()  # 32 by 3.2 pixels around column 8 and row 24
     assert torch.equal(random_erasing(z, numbers), expected)
 
     draws = still(6)
-    draws["erasing"][:, 0] = numbers
-    draws["erasing"][:, 1] = numbers[1]  # over the first
-    expected[:, :, 8, 12:21] = 3
+    draws["erasing"] = numbers
     torch.testing.assert_close(random_appearance(z, draws), standardise(expected), rtol=1e-4, atol=1e-5)
 
 

@@ -109,6 +109,7 @@ OTHER = {
     "lr_decay": ("1e-6", 1e-6),
     "gamma": ("4", 4.0),
     "lambda_max": ("0.1", 0.1),
+    "lambda_schedule": ("rise-and-fall", "rise-and-fall"),
     "lambda_update": ("epoch", "epoch"),
     "clip_norm": ("0.75", 0.75),
     "domain_loss": ("mean", "mean"),

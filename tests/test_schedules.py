@@ -6,7 +6,14 @@ import math
 import pytest
 
 from utils.config import recipe_config
-from utils.schedules import adaptation_factor, annealed_rate, cosine_rate, learning_rate, time_decay_rate
+from utils.schedules import (
+    adaptation_factor,
+    annealed_rate,
+    cosine_rate,
+    learning_rate,
+    reversal_weight,
+    time_decay_rate,
+)
 
 
 @pytest.mark.parametrize(("p", "expected"), [(0.0, 0.0), (0.1, 0.4621171573), (0.5, 0.9866142982), (1.0, 0.9999092043)])
@@ -14,6 +21,24 @@ def test_adaptation_factor(p, expected):
     assert adaptation_factor(p) == pytest.approx(expected, abs=1e-10)
     # 2 / (1 + exp(−x)) − 1 is the hyperbolic tangent of x / 2.
     assert adaptation_factor(p, gamma=3.0) == pytest.approx(math.tanh(3.0 * p / 2), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "p", "expected"),
+    [
+        ("rising", 0.0, 0.0),
+        ("rising", 0.5, 0.3 * math.tanh(1.0)),
+        ("rising", 1.0, 0.3 * math.tanh(2.0)),
+        ("rise-and-fall", 0.0, 0.0),
+        ("rise-and-fall", 0.25, 0.3 * math.tanh(0.5) * (2 + math.sqrt(2)) / 4),
+        ("rise-and-fall", 0.5, 0.3 * math.tanh(1.0) / 2),
+        ("rise-and-fall", 2 / 3, 0.3 * math.tanh(4 / 3) / 4),
+        ("rise-and-fall", 1.0, 0.0),
+    ],
+)
+def test_reversal_weight(schedule, p, expected):
+    config = dataclasses.replace(recipe_config("dann"), gamma=4.0, lambda_max=0.3, lambda_schedule=schedule)
+    assert reversal_weight(config, p) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from tools.figure_data import Network
 from utils.config import Config
 from utils.plots import REFERENCE, SOURCE, TARGET, new_figure
-from utils.schedules import adaptation_factor
+from utils.schedules import reversal_weight
 
 LINES = {  # the last network is the run, one before it what it is compared with
     1: ({"linestyle": "-", "marker": "o"},),
@@ -32,7 +32,7 @@ def lambda_curve(config: Config) -> tuple[np.ndarray, np.ndarray]:
     passed = np.maximum(epochs - config.warm_start_epochs, 0)
     if config.lambda_update == "epoch":
         passed = np.minimum(np.floor(passed), config.epochs - 1)
-    factors = [config.lambda_max * adaptation_factor(p, config.gamma) for p in passed / config.epochs]
+    factors = [reversal_weight(config, p) for p in passed / config.epochs]
     return epochs, np.array(factors)
 
 

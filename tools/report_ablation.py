@@ -13,6 +13,7 @@ VARIANTS = {  # what is off, and the flags that turn it off
     WHOLE: (),
     "no reversal": ("--lambda-max", "0"),
     "plain reversal": ("--adversary", "marginal"),
+    "reversal as strong to the end": ("--lambda-schedule", "rising"),
     "no teacher labels": ("--teacher-weight", "0"),
     "one view for the teacher": ("--teacher-views", "weak"),
     "no alignment": ("--alignment", "0"),

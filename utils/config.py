@@ -81,6 +81,10 @@ class Config:
 
     gamma: float = _setting(10.0, "gradient reversal", "γ in λ_p = λ_max · (2/(1+exp(−γp)) − 1)")
     lambda_max: float = _setting(1.0, "gradient reversal", "λ_max, what λ_p tends to")
+    lambda_schedule: str = _setting(
+        "rising", "gradient reversal", "rising: λ_p as above; rise-and-fall: times (1 + cos πp) / 2",
+        choices=("rising", "rise-and-fall"), added=True,
+    )  # fmt: skip
     lambda_update: str = _setting("step", "gradient reversal", "how often λ_p changes", choices=("step", "epoch"))
     clip_norm: float = _setting(
         0.0, "gradient reversal", "bound on the whole gradient's l2 norm while reversing; 0: none"
@@ -205,6 +209,7 @@ def _modern(source: str, target: str) -> Config:
         weight_decay=0.05,
         lr_schedule="cosine",
         lambda_max=0.3,
+        lambda_schedule="rise-and-fall",
         adversary="class-wise",
         teacher_decay=0.99,
         teacher_views="both",

@@ -9,7 +9,7 @@ from torch import Tensor
 from utils import machine
 from utils.config import Config, to_dict
 from utils.operations import operations_of_step
-from utils.schedules import adaptation_factor
+from utils.schedules import reversal_weight
 
 
 def epoch_record(trainer, outcome: dict, tested: tuple) -> dict:
@@ -20,7 +20,7 @@ def epoch_record(trainer, outcome: dict, tested: tuple) -> dict:
     return {
         "epoch": trainer.epoch,
         "p": p,
-        "lambda_p": 0.0 if outcome["loss_domain"] is None else config.lambda_max * adaptation_factor(p, config.gamma),
+        "lambda_p": 0.0 if outcome["loss_domain"] is None else reversal_weight(config, p),
         "learning_rate": trainer.optimizer.param_groups[0]["lr"],
         **outcome,
         "source_accuracy": source.accuracy,

@@ -15,6 +15,18 @@ def adaptation_factor(p: float, gamma: float = 10.0) -> float:
     return 2.0 / (1.0 + math.exp(-gamma * p)) - 1.0
 
 
+def reversal_weight(config, p: float) -> float:
+    """The λ_p that a configuration asks for at progress p in [0, 1]: it rises by `adaptation_factor`, and may fall.
+
+    Towards the end of a run the label losses are small: a λ_p that stays high would leave the lead to the reversed
+    gradient, and the features would go on moving for its sake alone.
+    """
+    rising = config.lambda_max * adaptation_factor(p, config.gamma)
+    if config.lambda_schedule == "rising":
+        return rising
+    return rising * (1.0 + math.cos(math.pi * p)) / 2
+
+
 def annealed_rate(p: float, mu_0: float = 0.01, alpha: float = 10.0, beta: float = 0.75) -> float:
     """Learning rate μ_p = μ_0 / (1 + αp)^β (Ganin & Lempitsky 2015, section 4), p in [0, 1]."""
     return mu_0 / (1.0 + alpha * p) ** beta
