@@ -315,6 +315,9 @@ class Trainer:
             lambda_p = reversal_weight(config, p_lambda) if self.adapts else 0.0
             mu_p = learning_rate(config, p, phase_step)
 
+            if self.teacher:
+                # Sure labels need no alignment, which would pull at classes that are not alike in size.
+                self.teacher.alignment = config.alignment if p < config.alignment_until else 0.0
             outcome = self.train_step(x_s, y_s, x_t, lambda_p, mu_p, self.adapts and p >= config.teacher_start)
             self.sums += torch.cat((outcome, outcome.new_ones(1)))
 

@@ -233,6 +233,22 @@ def test_the_teacher_starts_when_it_should_and_is_what_is_tested(tmp_path, monke
     )
 
 
+@pytest.mark.parametrize(("until", "expected"), [(1.0, [0.7] * 6), (0.5, [0.7] * 3 + [0.0] * 3)])
+def test_alignment_ends_when_it_should(until, expected, tmp_path, monkeypatch):
+    trainer = make_trainer(dataclasses.replace(MODERN, alignment=0.7, alignment_until=until), tmp_path)
+    seen = []
+    align = trainer.teacher.align
+    monkeypatch.setattr(trainer.teacher, "align", lambda q: seen.append(trainer.teacher.alignment) or align(q))
+
+    class Log:
+        scalars = images = lambda *_: None
+
+    for epoch in range(2):
+        trainer.epoch, trainer.step = epoch, 0
+        trainer.train_epoch(Log())
+    assert seen == expected
+
+
 @pytest.mark.parametrize("method", ["source-only", "target-only"])
 def test_the_bounds_are_averaged_too_but_learn_from_labels_alone(method, tmp_path):
     trainer = make_trainer(dataclasses.replace(MODERN, method=method), tmp_path)

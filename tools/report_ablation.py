@@ -17,6 +17,7 @@ VARIANTS = {  # what is off, and the flags that turn it off
     "no teacher labels": ("--teacher-weight", "0"),
     "one view for the teacher": ("--teacher-views", "weak"),
     "no alignment": ("--alignment", "0"),
+    "alignment to the end": ("--alignment-until", "1"),
     "no perturbation": ("--perturbation", "0"),
     "no label smoothing": ("--label-smoothing", "0"),
     "strong augmentation to the end": ("--strong-until", "1"),

@@ -115,6 +115,9 @@ class Config:
     alignment: float = _setting(
         0.0, "teacher", "how far the class shares of its labels are drawn towards equal ones, 0 to 1", added=True
     )
+    alignment_until: float = _setting(
+        1.0, "teacher", "progress p at which they are no longer drawn; 1: never", added=True
+    )
     confidence: float = _setting(0.9, "teacher", "probability above which its label counts", added=True)
 
     precision: str = _setting(
@@ -217,6 +220,7 @@ def _modern(source: str, target: str) -> Config:
         teacher_start=0.15,
         perturbation=3.0,
         alignment=1.0,
+        alignment_until=0.67,
         confidence=0.7,
     )
 
@@ -301,7 +305,7 @@ def check(config: Config) -> None:
             raise UserError(f"--{item.name.replace('_', '-')} must be a finite number, not {value}")
     if any(number < 1 for number in config.frozen_convolutions):
         raise UserError(f"--frozen-convolutions counts from 1, not {min(config.frozen_convolutions)}")
-    for name in ("alignment", "strong_until"):
+    for name in ("alignment", "alignment_until", "strong_until"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(config, name)}")
     for name in ("dropout", "label_smoothing", "teacher_decay", "confidence"):
