@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import NETWORKS
-from utils.augmentation import Draws, augment, draw, standardise
+from utils.augmentation import Draws, augment, draw, neighbours, standardise
 from utils.cli import UserError
 from utils.config import Config
 from utils.data_files import LICENCES, data_files, md5_of
@@ -316,7 +316,8 @@ class PairedLoader:
         steps: batches an epoch, when it shall not follow from the sizes of the sets.
         share: the part of each batch to give out, for one of several processes; together they give out the same
             images, changed in the same way, as one would.
-        two_views: x_t holds each target image twice, under `augmentation` and, for a teacher, under "weak".
+        two_views: x_t holds each target image twice, as augmented and, for a teacher, under "weak".
+        target_augmentation: "same", or what target images get in place of "strong".
 
     Shape: x_s, x_t (B, C, S, S) float32, with two views x_t (2, B, C, S, S); y_s (B,) int64
     """
@@ -333,17 +334,20 @@ class PairedLoader:
         steps: int | None = None,
         share: slice = slice(None),
         two_views: bool = False,
+        target_augmentation: str = "same",
     ):
         self.images_s = preprocess.resize(source.images).to(device)
         self.labels_s = source.labels.to(device)
         self.images_t = preprocess.resize(target_images).to(device)
         self.batch_size, self.seed, self.preprocess, self.share = batch_size, seed, preprocess, share
-        self.augmentation, self.two_views = augmentation, two_views
+        self.augmentation, self.two_views, self.target_augmentation = augmentation, two_views, target_augmentation
         self.steps = steps or -(-max(len(self.images_s), len(self.images_t)) // batch_size)
 
     def batch(self, images: Tensor, index: Tensor, draws: Draws) -> Tensor:
         """Gather, augment and preprocess. Shape: (N, C, S, S) uint8, (B,), B of each draw -> (B, C, S, S)."""
-        return self.preprocess.normalise(augment(images[index].float().div_(255), draws))
+        others = neighbours(images, draws)
+        others = None if others is None else others.float().div_(255)
+        return self.preprocess.normalise(augment(images[index].float().div_(255), draws, others))
 
     def epoch(
         self, epoch: int, first_step: int = 0, affine_from: float = math.inf
@@ -359,7 +363,9 @@ class PairedLoader:
 
         for step in range(self.steps):
             augmentation = "affine" if step >= affine_from else self.augmentation
-            views = [augmentation, augmentation, *["weak"] * self.two_views]  # of the source, and of the target
+            other = augmentation == "strong" and self.target_augmentation != "same"
+            augmentation_t = self.target_augmentation if other else augmentation
+            views = [augmentation, augmentation_t, *["weak"] * self.two_views]  # of the source, and of the target
             # For the whole batch, and for steps already done, so that they are the same each time.
             draws = [draw(view, self.batch_size, self.preprocess.image_size, generator) for view in views]
             if step < first_step:

@@ -11,12 +11,14 @@ from scipy.ndimage import convolve
 from data_loader import DigitSet, PairedLoader, Preprocessing
 from tests.test_step import make_trainer
 from utils.augmentation import (
+    add_neighbours,
     affine_draws,
     appearance_draws,
     augment,
     blur,
     draw,
     elastic_draws,
+    neighbours,
     random_appearance,
     random_erasing,
     random_warp,
@@ -34,6 +36,7 @@ def still(count: int, size: int = 32) -> dict[str, torch.Tensor]:
     return {
         "numbers": torch.tensor([0.5, 0.9, 0.0, 0.0]).repeat(count, 1),
         "erasing": torch.full((count, 7), 0.9),
+        "neighbours": torch.full((count, 2, 3), 0.9),
         "background": torch.randn(count, 1, 4, 4, generator=generator(1)),
         "noise": torch.randn(count, 1, size, size, generator=generator(2)),
     }
@@ -91,6 +94,44 @@ def test_erasing_covers_what_was_drawn():
     draws = still(6)
     draws["erasing"] = numbers
     torch.testing.assert_close(random_appearance(z, draws), standardise(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_neighbours_stand_where_they_were_drawn():
+    """Their edges are 0, so that columns of a ramp, less the mean of all four edges, turn up on the sides."""
+    x = pictures(4)
+    columns = torch.arange(32.0).expand(4, 1, 32, 32).contiguous()
+    ramp, steep = columns - 15.5, 2 * (columns - 15.5)  # the mean over an edge is 15.5
+    numbers = torch.tensor(
+        [
+            [[0.3, 0.0, 0.39], [0.3, 0.0, 0.41]],  # one on the left, its centre 16 pixels from the middle
+            [[0.3, 0.0, 0.41], [0.3, 1.0, 0.39]],  # one on the right, 24 pixels from the middle
+            [[0.3, 0.5, 0.00], [0.3, 0.25, 0.00]],  # both, 20 and 18 pixels
+            [[0.3, 0.0, 0.41], [0.3, 0.0, 0.41]],  # none
+        ]
+    )
+    expected = x.clone()
+    expected[0, :, :, :16] += ramp[0, :, :, 16:]
+    expected[1, :, :, 24:] += steep[0, :, :, :8]
+    expected[2, :, :, :12] += ramp[0, :, :, 20:]
+    expected[2, :, :, 18:] += steep[0, :, :, :14]
+    found = add_neighbours(x, [columns, 2 * columns], numbers)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_neighbours_come_from_the_whole_set_and_are_changed_like_the_image():
+    images = torch.arange(8).view(8, 1, 1, 1).expand(8, 1, 32, 32)
+    draws = draw("strong", 500, 32, generator(5))
+    found = neighbours(images, draws)
+    assert found.shape == (500, 2, 1, 32, 32)
+    assert torch.equal(found[..., 0, 0, 0], (8 * draws["neighbours"][..., 0]).long())
+    assert torch.bincount(found[..., 0, 0].flatten(), minlength=8).min() > 60
+    assert neighbours(images, draw("affine", 3, 32, generator())) is None
+
+    x, others = pictures(2), pictures(4).view(2, 2, 1, 32, 32)
+    draws = {"affine": affine_draws(2, generator(6)), "neighbours": torch.zeros(2, 2, 3)}
+    warped = [standardise(random_warp(image, draws["affine"])) for image in (x, others[:, 0], others[:, 1])]
+    expected = add_neighbours(warped[0], warped[1:], draws["neighbours"])
+    torch.testing.assert_close(augment(x, draws, others), expected)
 
 
 def test_strong_images_are_standardised_and_all_different():
@@ -173,19 +214,20 @@ def test_the_two_views_show_the_same_images():
     assert likeness(strong).amax(1).mean() < likeness(weak).amax(1).mean()
 
 
-@pytest.mark.parametrize("first_step", [0, 3])
-def test_strong_augmentation_gives_way_to_affine(first_step):
+@pytest.mark.parametrize(("first_step", "target"), [(0, "same"), (3, "same"), (0, "affine")])
+def test_strong_augmentation_gives_way_to_affine(first_step, target):
     """Affine images keep the two values of theirs and their order; noise, inversion and background do not."""
     images = torch.zeros(24, 1, 32, 32, dtype=torch.uint8)
     images[:, :, 8:24, 8:24] = 255
     digits = DigitSet("svhn", "train", images, torch.zeros(24, dtype=torch.long), "", {})
-    loader = PairedLoader(digits, images, 6, 0, Preprocessing(32, "unit", grey=True), "strong", two_views=True)
+    settings = {"two_views": True, "target_augmentation": target}
+    loader = PairedLoader(digits, images, 6, 0, Preprocessing(32, "unit", grey=True), "strong", **settings)
 
     def plain(x: torch.Tensor) -> bool:
         return bool(x.min() == 0 and x.max() == 1)
 
     kinds = [(plain(x_s), plain(x_t[0]), plain(x_t[1])) for x_s, _, x_t in loader.epoch(0, first_step, 2.5)]
-    assert kinds == ([(False, False, True)] * 3 + [(True, True, True)])[first_step:]
+    assert kinds == ([(False, target == "affine", True)] * 3 + [(True, True, True)])[first_step:]
     assert all(plain(x_s) for x_s, _, _ in loader.epoch(0, 0, -4))
     assert not any(plain(x_s) for x_s, _, _ in loader.epoch(0, 0, 4))
     assert not any(plain(x_s) for x_s, _, _ in loader.epoch(0))
@@ -199,6 +241,7 @@ def test_the_trainer_says_when_strong_augmentation_ends(augmentation, tmp_path, 
         augmentation=augmentation,
     )  # fmt: skip
     trainer = make_trainer(config, tmp_path)
+    assert trainer.loader.target_augmentation == config.target_augmentation == "affine"
     trainer.loader.steps = 5
     seen = []
     monkeypatch.setattr(trainer.loader, "epoch", lambda *x: seen.append(x[-1]) or iter(()))

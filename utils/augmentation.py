@@ -19,6 +19,8 @@ ELASTIC = 0.12  # the largest deviation of the elastic displacements, of half th
 # Random erasing: how often, the least and the largest share of the area, how much longer than wide at most, and from
 # which part of the image, around its middle, the centre comes.
 ERASING, AREAS, RATIO, CENTRES = 0.7, (0.008, 0.1), 10.0, 0.5
+# Neighbours: how often on each side, and how far their centre is at least and at most, of the image's size.
+NEIGHBOURS, DISTANCES = 0.4, (0.5, 0.75)
 
 
 def draw(augmentation: str, count: int, size: int, generator: torch.Generator) -> Draws:
@@ -36,12 +38,50 @@ def draw(augmentation: str, count: int, size: int, generator: torch.Generator) -
     return {"affine": affine_draws(count, generator, WEAK if augmentation == "weak" else AFFINE)}
 
 
-def augment(x: Tensor, draws: Draws) -> Tensor:
-    """Change images as drawn. Shape: (N, C, S, S) in [0, 1] -> (N, C, S, S); appearance leaves the range."""
-    if "affine" in draws:
-        x = random_warp(x, draws["affine"], draws.get("elastic"))
+def augment(x: Tensor, draws: Draws, others: Tensor | None = None) -> Tensor:
+    """Change images as drawn; appearance leaves the range. `others` are the `neighbours` of each, where it has some.
+
+    Shape: (N, C, S, S) in [0, 1], (N, 2, C, S, S) in [0, 1] -> (N, C, S, S)
+    """
+    if "affine" not in draws:
+        return x
+
+    def warp(images: Tensor) -> Tensor:
+        return random_warp(images, draws["affine"], draws.get("elastic"))
+
+    x = warp(x)
+    if others is not None:
+        warped = [standardise(warp(other)) for other in others.unbind(1)]
+        x = add_neighbours(standardise(x), warped, draws["neighbours"])
     if "noise" in draws:
         x = random_appearance(x, draws)
+    return x
+
+
+def neighbours(images: Tensor, draws: Draws) -> Tensor | None:
+    """Two other images of a set for each that is changed, if any were drawn. Shape: (M, ...) -> (N, 2, ...)"""
+    if "neighbours" not in draws:
+        return None
+    return images[(draws["neighbours"][..., 0] * len(images)).long()]
+
+
+def add_neighbours(x: Tensor, others: list[Tensor], numbers: Tensor) -> Tensor:
+    """Add a part of another image on the left, and of a third on the right, of some images; their edges become 0.
+
+    A mixture of images (mixup, Zhang et al., ICLR 2018) in which the label is that of the one in the middle.
+
+    Shape: (N, C, S, S), two of (N, C, S, S), (N, 2, 3) in [0, 1), of which the first is not used -> (N, C, S, S)
+    """
+    size = x.shape[-1]
+    pixel = torch.arange(size, device=x.device)
+    near, far = DISTANCES
+    for other, (_, distance, there), side in zip(others, numbers.permute(1, 2, 0), (-1, 1), strict=True):
+        shift = side * (size * (near + (far - near) * distance)).round().long()
+        column = pixel - shift[:, None]
+        seen = (column >= 0) & (column < size) & (there < NEIGHBOURS)[:, None]
+        edge = torch.cat((other[..., 0, :], other[..., -1, :], other[..., 0], other[..., -1]), -1).mean((1, 2))
+        index = column.clamp(0, size - 1)[:, None, None].expand(x.shape)
+        x = x + seen[:, None, None] * (other - edge[:, None, None, None]).gather(3, index)
     return x
 
 
@@ -83,6 +123,7 @@ def appearance_draws(count: int, size: int, generator: torch.Generator) -> Draws
     device = generator.device
     return {
         "numbers": torch.rand(count, 4, device=device, generator=generator),
+        "neighbours": torch.rand(count, 2, 3, device=device, generator=generator),
         "erasing": torch.rand(count, 7, device=device, generator=generator),
         "background": torch.randn(count, 1, 4, 4, device=device, generator=generator),
         "noise": torch.randn(count, 1, size, size, device=device, generator=generator),

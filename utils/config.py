@@ -58,8 +58,12 @@ class Config:
     separate_domains: bool = _setting(False, "schedule", "forward each domain by itself (own batch statistics)")
     augmentation: str = _setting(
         "none", "schedule",
-        "random change of both domains' training images; strong: shape, blur, inversion, background, noise, erasing",
+        "random change of training images; strong: shape, neighbours, blur, inversion, background, noise, erasing",
         choices=("none", "affine", "strong"),
+    )  # fmt: skip
+    target_augmentation: str = _setting(
+        "same", "schedule", "what unlabelled images get where the labelled ones get strong augmentation",
+        choices=("same", "affine"), added=True,
     )  # fmt: skip
     strong_until: float = _setting(
         1.0, "schedule", "progress p at which strong augmentation gives way to affine; 1: never", added=True
@@ -205,6 +209,7 @@ def _modern(source: str, target: str) -> Config:
         epochs=9,
         epoch_steps=180,
         augmentation="strong",
+        target_augmentation="affine",
         strong_until=0.67,
         label_smoothing=0.1,
         optimizer="adamw",
