@@ -22,6 +22,7 @@ from data_loader import (
 )
 from utils.augmentation import affine_draws, random_warp
 from utils.config import recipe_config
+from utils.run_log import SilentLog
 
 # ---- pairing
 
@@ -169,16 +170,13 @@ def two_domains(monkeypatch):
 
 
 def train_some_steps(config, folder) -> tuple[main.Trainer, dict[str, torch.Tensor]]:
-    class Log:
-        scalars = images = staticmethod(lambda *args: None)
-
     pair = main.load_pair(config, folder, download=False, dry_run=False)
     mean = mean_pixel((pair.labelled.images, pair.target_images))
     preprocess = Preprocessing(config.image_size, config.normalisation, mean)
     trainer = main.Trainer(config, pair, preprocess, torch.device("cpu"), folder)
     for epoch in range(2):
         trainer.epoch, trainer.step = epoch, 0
-        trainer.train_epoch(Log())
+        trainer.train_epoch(SilentLog())
     return trainer, trainer.model.state_dict()
 
 

@@ -12,6 +12,7 @@ from model import DANN
 from tests.test_step import make_trainer
 from utils.config import recipe_config
 from utils.mean_teacher import MeanTeacher
+from utils.run_log import SilentLog
 
 MODERN = dataclasses.replace(
     recipe_config("modern", "svhn", "mnist"), precision="fp32", batch_size=6, epochs=2, epoch_steps=3
@@ -219,12 +220,9 @@ def test_the_teacher_starts_when_it_should_and_is_what_is_tested(tmp_path, monke
 
     monkeypatch.setattr(trainer, "train_step", watched)
 
-    class Log:
-        scalars = images = lambda *_: None
-
     for epoch in range(2):
         trainer.epoch, trainer.step = epoch, 0
-        trainer.train_epoch(Log())
+        trainer.train_epoch(SilentLog())
     assert seen == [(2, False)] * 3 + [(2, True)] * 3  # two views of the target
     assert trainer.tested_model is trainer.teacher.model
     assert not any(
@@ -240,12 +238,9 @@ def test_alignment_ends_when_it_should(until, expected, tmp_path, monkeypatch):
     align = trainer.teacher.align
     monkeypatch.setattr(trainer.teacher, "align", lambda q: seen.append(trainer.teacher.alignment) or align(q))
 
-    class Log:
-        scalars = images = lambda *_: None
-
     for epoch in range(2):
         trainer.epoch, trainer.step = epoch, 0
-        trainer.train_epoch(Log())
+        trainer.train_epoch(SilentLog())
     assert seen == expected
 
 
