@@ -317,7 +317,7 @@ class PairedLoader:
         share: the part of each batch to give out, for one of several processes; together they give out the same
             images, changed in the same way, as one would.
         two_views: x_t holds each target image twice, as augmented and, for a teacher, under "weak".
-        target_augmentation: "same", or what target images get in place of "strong".
+        target_strong_share: of the target's images that "strong" changes strongly, 0 to 1.
 
     Shape: x_s, x_t (B, C, S, S) float32, with two views x_t (2, B, C, S, S); y_s (B,) int64
     """
@@ -334,13 +334,13 @@ class PairedLoader:
         steps: int | None = None,
         share: slice = slice(None),
         two_views: bool = False,
-        target_augmentation: str = "same",
+        target_strong_share: float = 1.0,
     ):
         self.images_s = preprocess.resize(source.images).to(device)
         self.labels_s = source.labels.to(device)
         self.images_t = preprocess.resize(target_images).to(device)
         self.batch_size, self.seed, self.preprocess, self.share = batch_size, seed, preprocess, share
-        self.augmentation, self.two_views, self.target_augmentation = augmentation, two_views, target_augmentation
+        self.augmentation, self.two_views, self.target_strong_share = augmentation, two_views, target_strong_share
         self.steps = steps or -(-max(len(self.images_s), len(self.images_t)) // batch_size)
 
     def batch(self, images: Tensor, index: Tensor, draws: Draws) -> Tensor:
@@ -363,11 +363,11 @@ class PairedLoader:
 
         for step in range(self.steps):
             augmentation = "affine" if step >= affine_from else self.augmentation
-            other = augmentation == "strong" and self.target_augmentation != "same"
-            augmentation_t = self.target_augmentation if other else augmentation
-            views = [augmentation, augmentation_t, *["weak"] * self.two_views]  # of the source, and of the target
-            # For the whole batch, and for steps already done, so that they are the same each time.
-            draws = [draw(view, self.batch_size, self.preprocess.image_size, generator) for view in views]
+            # Views of the source and of the target. They are drawn for the whole batch, and for steps already done, so
+            # that they are the same each time.
+            views = [(augmentation, 1.0), (augmentation, self.target_strong_share), *[("weak", 1.0)] * self.two_views]
+            size = self.preprocess.image_size
+            draws = [draw(view, self.batch_size, size, generator, share) for view, share in views]
             if step < first_step:
                 continue
             part = slice(step * self.batch_size, (step + 1) * self.batch_size)

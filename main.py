@@ -219,7 +219,7 @@ class Trainer:
             pair.steps,
             processes.share(config.batch_size),
             two_views=config.method == "dann" and self.teacher is not None,
-            target_augmentation=config.target_augmentation,
+            target_strong_share=config.target_strong_share,
         )
         self.about = {
             "config": to_dict(config),

@@ -11,6 +11,8 @@ from scipy.ndimage import convolve
 from data_loader import DigitSet, PairedLoader, Preprocessing
 from tests.test_step import make_trainer
 from utils.augmentation import (
+    AFFINE,
+    STRONG,
     add_neighbours,
     affine_draws,
     appearance_draws,
@@ -36,7 +38,6 @@ def still(count: int, size: int = 32) -> dict[str, torch.Tensor]:
     return {
         "numbers": torch.tensor([0.5, 0.9, 0.0, 0.0]).repeat(count, 1),
         "erasing": torch.full((count, 7), 0.9),
-        "neighbours": torch.full((count, 2, 3), 0.9),
         "background": torch.randn(count, 1, 4, 4, generator=generator(1)),
         "noise": torch.randn(count, 1, size, size, generator=generator(2)),
     }
@@ -103,10 +104,10 @@ def test_neighbours_stand_where_they_were_drawn():
     ramp, steep = columns - 15.5, 2 * (columns - 15.5)  # the mean over an edge is 15.5
     numbers = torch.tensor(
         [
-            [[0.3, 0.0, 0.39], [0.3, 0.0, 0.41]],  # one on the left, its centre 16 pixels from the middle
-            [[0.3, 0.0, 0.41], [0.3, 1.0, 0.39]],  # one on the right, 24 pixels from the middle
-            [[0.3, 0.5, 0.00], [0.3, 0.25, 0.00]],  # both, 20 and 18 pixels
-            [[0.3, 0.0, 0.41], [0.3, 0.0, 0.41]],  # none
+            [[0.0, 0.39], [0.0, 0.41]],  # one on the left, its centre 16 pixels from the middle
+            [[0.0, 0.41], [1.0, 0.39]],  # one on the right, 24 pixels from the middle
+            [[0.5, 0.00], [0.25, 0.00]],  # both, 20 and 18 pixels
+            [[0.0, 0.41], [0.0, 0.41]],  # none
         ]
     )
     expected = x.clone()
@@ -118,20 +119,42 @@ def test_neighbours_stand_where_they_were_drawn():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_neighbours_come_from_the_whole_set_and_are_changed_like_the_image():
+def test_neighbours_come_from_the_whole_set_and_the_image_alone_is_warped():
     images = torch.arange(8).view(8, 1, 1, 1).expand(8, 1, 32, 32)
     draws = draw("strong", 500, 32, generator(5))
     found = neighbours(images, draws)
     assert found.shape == (500, 2, 1, 32, 32)
-    assert torch.equal(found[..., 0, 0, 0], (8 * draws["neighbours"][..., 0]).long())
+    assert torch.equal(found[..., 0, 0, 0], (8 * draws["others"]).long())
     assert torch.bincount(found[..., 0, 0].flatten(), minlength=8).min() > 60
     assert neighbours(images, draw("affine", 3, 32, generator())) is None
 
     x, others = pictures(2), pictures(4).view(2, 2, 1, 32, 32)
-    draws = {"affine": affine_draws(2, generator(6)), "neighbours": torch.zeros(2, 2, 3)}
-    warped = [standardise(random_warp(image, draws["affine"])) for image in (x, others[:, 0], others[:, 1])]
-    expected = add_neighbours(warped[0], warped[1:], draws["neighbours"])
+    draws = {"affine": affine_draws(2, generator(6)), "neighbours": torch.zeros(2, 2, 2)}
+    warped = standardise(random_warp(x, draws["affine"]))
+    expected = add_neighbours(warped, [standardise(others[:, 0]), standardise(others[:, 1])], draws["neighbours"])
     torch.testing.assert_close(augment(x, draws, others), expected)
+
+
+def test_some_images_can_be_left_without_strong_changes():
+    """They get affine changes of the usual bounds and neighbours, as many as the others."""
+    x, others = pictures(400), pictures(800).view(400, 2, 1, 32, 32)
+    draws = draw("strong", 400, 32, generator(), strong_share=0.25)
+    strong = draws["strong"]
+    assert 70 < strong.sum() < 130
+    bounds = torch.tensor([STRONG, AFFINE])
+    for chosen, own in ((strong, bounds[0]), (~strong, bounds[1])):
+        largest = draws["affine"][chosen].abs().amax(0)
+        assert ((largest <= own) & (largest > 0.85 * own)).all()
+    assert torch.equal(draws["elastic"].abs().amax((1, 2, 3)) > 0, strong)
+
+    out = augment(x, draws, others)
+    all_strong = augment(x, draws | {"strong": torch.ones_like(strong)}, others)
+    assert torch.equal(out[strong], all_strong[strong])
+    mild = standardise(augment(x, {name: draws[name] for name in ("affine", "neighbours")}, others))
+    torch.testing.assert_close(out[~strong], mild[~strong])
+    assert (all_strong - mild).abs().amax((1, 2, 3)).min() > 0.1
+    for share in (0.0, 1.0):
+        assert (draw("strong", 400, 32, generator(), share)["strong"] == bool(share)).all()
 
 
 def test_strong_images_are_standardised_and_all_different():
@@ -214,23 +237,37 @@ def test_the_two_views_show_the_same_images():
     assert likeness(strong).amax(1).mean() < likeness(weak).amax(1).mean()
 
 
-@pytest.mark.parametrize(("first_step", "target"), [(0, "same"), (3, "same"), (0, "affine")])
-def test_strong_augmentation_gives_way_to_affine(first_step, target):
+@pytest.mark.parametrize("first_step", [0, 3])
+def test_strong_augmentation_gives_way_to_affine(first_step):
     """Affine images keep the two values of theirs and their order; noise, inversion and background do not."""
     images = torch.zeros(24, 1, 32, 32, dtype=torch.uint8)
     images[:, :, 8:24, 8:24] = 255
     digits = DigitSet("svhn", "train", images, torch.zeros(24, dtype=torch.long), "", {})
-    settings = {"two_views": True, "target_augmentation": target}
-    loader = PairedLoader(digits, images, 6, 0, Preprocessing(32, "unit", grey=True), "strong", **settings)
+    preprocess = Preprocessing(32, "unit", grey=True)
+    loader = PairedLoader(digits, images, 6, 0, preprocess, "strong", two_views=True)
 
     def plain(x: torch.Tensor) -> bool:
         return bool(x.min() == 0 and x.max() == 1)
 
     kinds = [(plain(x_s), plain(x_t[0]), plain(x_t[1])) for x_s, _, x_t in loader.epoch(0, first_step, 2.5)]
-    assert kinds == ([(False, target == "affine", True)] * 3 + [(True, True, True)])[first_step:]
+    assert kinds == ([(False, False, True)] * 3 + [(True, True, True)])[first_step:]
     assert all(plain(x_s) for x_s, _, _ in loader.epoch(0, 0, -4))
     assert not any(plain(x_s) for x_s, _, _ in loader.epoch(0, 0, 4))
     assert not any(plain(x_s) for x_s, _, _ in loader.epoch(0))
+
+
+def test_a_share_of_the_targets_images_changes_strongly():
+    """Noise gives every pixel a value of its own."""
+    images = torch.zeros(24, 1, 32, 32, dtype=torch.uint8)
+    images[:, :, 8:24, 8:24] = 255
+    digits = DigitSet("svhn", "train", images, torch.zeros(24, dtype=torch.long), "", {})
+    settings = {"two_views": True, "target_strong_share": 0.25}
+    loader = PairedLoader(digits, images, 400, 0, Preprocessing(32, "per-image", grey=True), "strong", **settings)
+    x_s, _, (x_t, weak_t) = next(loader.epoch(0))
+    noisy = [sum(len(image.unique()) > 800 for image in x) for x in (x_s, x_t, weak_t)]
+    assert noisy[0] > 380
+    assert 70 < noisy[1] < 130
+    assert noisy[2] == 0
 
 
 @pytest.mark.parametrize("augmentation", ["strong", "none"])
@@ -241,7 +278,7 @@ def test_the_trainer_says_when_strong_augmentation_ends(augmentation, tmp_path, 
         augmentation=augmentation,
     )  # fmt: skip
     trainer = make_trainer(config, tmp_path)
-    assert trainer.loader.target_augmentation == config.target_augmentation == "affine"
+    assert trainer.loader.target_strong_share == config.target_strong_share == 0.25
     trainer.loader.steps = 5
     seen = []
     monkeypatch.setattr(trainer.loader, "epoch", lambda *x: seen.append(x[-1]) or iter(()))

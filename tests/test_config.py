@@ -97,7 +97,7 @@ OTHER = {
     "epoch_steps": ("12", 12),
     "batch_size": ("33", 33),
     "augmentation": ("affine", "affine"),
-    "target_augmentation": ("affine", "affine"),
+    "target_strong_share": ("0.75", 0.75),
     "strong_until": ("0.5", 0.5),
     "label_smoothing": ("0.05", 0.05),
     "optimizer": ("adamw", "adamw"),

@@ -20,7 +20,7 @@ VARIANTS = {  # what is off, and the flags that turn it off
     "alignment to the end": ("--alignment-until", "1"),
     "no perturbation": ("--perturbation", "0"),
     "no label smoothing": ("--label-smoothing", "0"),
-    "strong augmentation of the target too": ("--target-augmentation", "same"),
+    "strong augmentation of all target images": ("--target-strong-share", "1"),
     "strong augmentation to the end": ("--strong-until", "1"),
     "affine augmentation": ("--augmentation", "affine"),
     "source only": ("--method", "source-only"),

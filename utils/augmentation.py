@@ -23,19 +23,27 @@ ERASING, AREAS, RATIO, CENTRES = 0.7, (0.008, 0.1), 10.0, 0.5
 NEIGHBOURS, DISTANCES = 0.4, (0.5, 0.75)
 
 
-def draw(augmentation: str, count: int, size: int, generator: torch.Generator) -> Draws:
+def draw(augmentation: str, count: int, size: int, generator: torch.Generator, strong_share: float = 1.0) -> Draws:
     """What `augment` needs for `count` images of `size` × `size` pixels.
 
     Args:
-        augmentation: "none"; "affine"; "strong", affine with wider bounds, elastic and appearance; "weak", affine with
-            narrow bounds, for a teacher.
+        augmentation: "none"; "affine"; "strong", neighbours, affine with wider bounds, elastic and appearance; "weak",
+            affine with narrow bounds, for a teacher.
+        strong_share: of the images that "strong" changes, 0 to 1; the others get neighbours and affine changes alone.
     """
     if augmentation == "none":
         return {}
-    if augmentation == "strong":
-        affine, elastic = affine_draws(count, generator, STRONG), elastic_draws(count, generator)
-        return {"affine": affine, "elastic": elastic, **appearance_draws(count, size, generator)}
-    return {"affine": affine_draws(count, generator, WEAK if augmentation == "weak" else AFFINE)}
+    if augmentation != "strong":
+        return {"affine": affine_draws(count, generator, WEAK if augmentation == "weak" else AFFINE)}
+    strong = torch.rand(count, device=generator.device, generator=generator) < strong_share
+    wide, usual = affine_draws(count, generator, STRONG), affine_draws(count, generator)
+    return {
+        "affine": torch.where(strong[:, None], wide, usual),
+        "elastic": elastic_draws(count, generator) * strong[:, None, None, None],
+        "strong": strong,
+        **neighbour_draws(count, generator),
+        **appearance_draws(count, size, generator),
+    }
 
 
 def augment(x: Tensor, draws: Draws, others: Tensor | None = None) -> Tensor:
@@ -43,26 +51,28 @@ def augment(x: Tensor, draws: Draws, others: Tensor | None = None) -> Tensor:
 
     Shape: (N, C, S, S) in [0, 1], (N, 2, C, S, S) in [0, 1] -> (N, C, S, S)
     """
-    if "affine" not in draws:
+    if not draws:
         return x
-
-    def warp(images: Tensor) -> Tensor:
-        return random_warp(images, draws["affine"], draws.get("elastic"))
-
-    x = warp(x)
+    x = random_warp(x, draws["affine"], draws.get("elastic"))
     if others is not None:
-        warped = [standardise(warp(other)) for other in others.unbind(1)]
-        x = add_neighbours(standardise(x), warped, draws["neighbours"])
-    if "noise" in draws:
-        x = random_appearance(x, draws)
+        x = add_neighbours(standardise(x), [standardise(other) for other in others.unbind(1)], draws["neighbours"])
+    if "strong" in draws:
+        x = torch.where(draws["strong"].view(-1, 1, 1, 1), random_appearance(x, draws), standardise(x))
     return x
+
+
+def neighbour_draws(count: int, generator: torch.Generator) -> Draws:
+    """What `neighbours` and `add_neighbours` need for `count` images. Shape: images and sides first in each."""
+    device = generator.device
+    return {
+        "others": torch.rand(count, 2, device=device, generator=generator),
+        "neighbours": torch.rand(count, 2, 2, device=device, generator=generator),
+    }
 
 
 def neighbours(images: Tensor, draws: Draws) -> Tensor | None:
     """Two other images of a set for each that is changed, if any were drawn. Shape: (M, ...) -> (N, 2, ...)"""
-    if "neighbours" not in draws:
-        return None
-    return images[(draws["neighbours"][..., 0] * len(images)).long()]
+    return images[(draws["others"] * len(images)).long()] if "others" in draws else None
 
 
 def add_neighbours(x: Tensor, others: list[Tensor], numbers: Tensor) -> Tensor:
@@ -70,12 +80,12 @@ def add_neighbours(x: Tensor, others: list[Tensor], numbers: Tensor) -> Tensor:
 
     A mixture of images (mixup, Zhang et al., ICLR 2018) in which the label is that of the one in the middle.
 
-    Shape: (N, C, S, S), two of (N, C, S, S), (N, 2, 3) in [0, 1), of which the first is not used -> (N, C, S, S)
+    Shape: (N, C, S, S), two of (N, C, S, S), (N, 2, 2) in [0, 1) -> (N, C, S, S)
     """
     size = x.shape[-1]
     pixel = torch.arange(size, device=x.device)
     near, far = DISTANCES
-    for other, (_, distance, there), side in zip(others, numbers.permute(1, 2, 0), (-1, 1), strict=True):
+    for other, (distance, there), side in zip(others, numbers.permute(1, 2, 0), (-1, 1), strict=True):
         shift = side * (size * (near + (far - near) * distance)).round().long()
         column = pixel - shift[:, None]
         seen = (column >= 0) & (column < size) & (there < NEIGHBOURS)[:, None]
@@ -123,7 +133,6 @@ def appearance_draws(count: int, size: int, generator: torch.Generator) -> Draws
     device = generator.device
     return {
         "numbers": torch.rand(count, 4, device=device, generator=generator),
-        "neighbours": torch.rand(count, 2, 3, device=device, generator=generator),
         "erasing": torch.rand(count, 7, device=device, generator=generator),
         "background": torch.randn(count, 1, 4, 4, device=device, generator=generator),
         "noise": torch.randn(count, 1, size, size, device=device, generator=generator),

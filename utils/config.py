@@ -61,10 +61,9 @@ class Config:
         "random change of training images; strong: shape, neighbours, blur, inversion, background, noise, erasing",
         choices=("none", "affine", "strong"),
     )  # fmt: skip
-    target_augmentation: str = _setting(
-        "same", "schedule", "what unlabelled images get where the labelled ones get strong augmentation",
-        choices=("same", "affine"), added=True,
-    )  # fmt: skip
+    target_strong_share: float = _setting(
+        1.0, "schedule", "share of unlabelled images that strong augmentation changes strongly", added=True
+    )
     strong_until: float = _setting(
         1.0, "schedule", "progress p at which strong augmentation gives way to affine; 1: never", added=True
     )
@@ -209,7 +208,7 @@ def _modern(source: str, target: str) -> Config:
         epochs=9,
         epoch_steps=180,
         augmentation="strong",
-        target_augmentation="affine",
+        target_strong_share=0.25,
         strong_until=0.67,
         label_smoothing=0.1,
         optimizer="adamw",
@@ -310,7 +309,7 @@ def check(config: Config) -> None:
             raise UserError(f"--{item.name.replace('_', '-')} must be a finite number, not {value}")
     if any(number < 1 for number in config.frozen_convolutions):
         raise UserError(f"--frozen-convolutions counts from 1, not {min(config.frozen_convolutions)}")
-    for name in ("alignment", "alignment_until", "strong_until"):
+    for name in ("alignment", "alignment_until", "strong_until", "target_strong_share"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(config, name)}")
     for name in ("dropout", "label_smoothing", "teacher_decay", "confidence"):
