@@ -284,7 +284,8 @@ def cost_table(results: list[dict]) -> str:
                 pair = f"{escape(first['source_mark'])} → {escape(first['target_mark'])}"
                 reached = [reached_cell(row, percent) for percent in ("90", "95", "98")]
                 whole = f"{statistics.median(seconds):,.0f} ({max(seconds):,.0f})"
-                tflop, where = f"{first['operations'] / 1e12:.0f}", f"{first['machine']}, {first['threads']} threads"
+                threads = f"{first['threads']} thread{'s' * (first['threads'] > 1)}"
+                tflop, where = f"{first['operations'] / 1e12:.0f}", f"{first['machine']}, {threads}"
                 rows.append([pair, *reached, whole, tflop, f"{first['parameters']:,}", escape(where)])
     header = ["`modern`, DANN", "s to 90 %", "95 %", "98 %", "s in all (slowest)", "TFLOP", "parameters", "on"]
     note = "Seconds: median over the seeds, tests included, to the end of the first epoch whose target test accuracy is"
