@@ -166,7 +166,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = script_parser(
         description="Test weights on the test sets of their two domains, or on others.",
         epilog="examples:\n"
-        "  python valid.py                                            weights and data that come with the code\n"
+        "  python valid.py                                            weights that come with the code\n"
         "  python valid.py --weights runs/NAME --domains svhn mnist   a run of yours, on two test sets",
     )
     parser.add_argument(
