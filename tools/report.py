@@ -25,6 +25,7 @@ from tools.report_speed import speed_report  # noqa: E402
 from tools.tables import (  # noqa: E402
     METHOD_NAMES,
     code,
+    counted,
     escape,
     markdown_table,
     mean_and_deviation,
@@ -188,9 +189,9 @@ def runs_cell(row: list[dict]) -> str:
     """How many runs, how long, on what."""
     first = row[0]
     where = dict.fromkeys(f"{run['machine']} ({run['device']}, {run['precision']})" for run in row)
-    seeds = "1 seed" if len(row) == 1 else f"{len(row)} seeds"
     seconds = statistics.median(run["seconds"] for run in row)
-    return f"{seeds}, {first['epochs']} epochs, {seconds:,.0f} s on {escape('; '.join(where))}"
+    runs, epochs = counted(len(row), "seed"), counted(first["epochs"], "epoch")
+    return f"{runs}, {epochs}, {seconds:,.0f} s on {escape('; '.join(where))}"
 
 
 def command_of(run: dict) -> str:
@@ -284,8 +285,8 @@ def cost_table(results: list[dict]) -> str:
                 pair = f"{escape(first['source_mark'])} → {escape(first['target_mark'])}"
                 reached = [reached_cell(row, percent) for percent in ("90", "95", "98")]
                 whole = f"{statistics.median(seconds):,.0f} ({max(seconds):,.0f})"
-                threads = f"{first['threads']} thread{'s' * (first['threads'] > 1)}"
-                tflop, where = f"{first['operations'] / 1e12:.0f}", f"{first['machine']}, {threads}"
+                tflop = f"{first['operations'] / 1e12:.0f}"
+                where = f"{first['machine']}, {counted(first['threads'], 'thread')}"
                 rows.append([pair, *reached, whole, tflop, f"{first['parameters']:,}", escape(where)])
     header = ["`modern`, DANN", "s to 90 %", "95 %", "98 %", "s in all (slowest)", "TFLOP", "parameters", "on"]
     note = "Seconds: median over the seeds, tests included, to the end of the first epoch whose target test accuracy is"

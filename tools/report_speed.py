@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from urllib.parse import quote
 
-from tools.tables import code, markdown_table, read_record
+from tools.tables import code, counted, markdown_table, read_record
 from utils.cli import UserError
 
 NEEDED = ("machine", "device", "threads", "command", "commit")
@@ -78,7 +78,7 @@ def speed_report(folder: Path, home: Path) -> str:
     parts = []
     for record in records:
         file = Path(os.path.relpath(record["path"], home)).as_posix()
-        where = f"{record['machine']} ({record['device']}), {record['threads']} threads"
+        where = f"{record['machine']} ({record['device']}), {counted(record['threads'], 'thread')}"
         parts.append(f"**{where}** – {code(record['command'])} wrote [{file}]({quote(file)})")
         if "speed" in record:
             parts.append(rates_table(record["speed"]))

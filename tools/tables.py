@@ -21,6 +21,11 @@ def mean_and_deviation(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}\u00a0±\u00a0{statistics.stdev(values):.2f}"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 seed, 5 seeds."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def read_record(path: Path) -> dict:
     """A JSON object with a "kind"; raises UserError, naming the file, when it is none."""
     try:
