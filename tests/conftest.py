@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from scipy.io import savemat
 import main
 from data_loader import load_domain
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY_COUNTS = {"svhn": (40, 23), "mnist": (64, 37), "usps": (30, 11)}  # training and test images of `tiny_data`
 
 
@@ -88,6 +90,12 @@ def large_optdigits() -> tuple[np.ndarray, np.ndarray]:
     framed = np.pad(digits.images[:, 0].numpy(), ((0, 0), (1, 1), (1, 1)))
     images = [np.asarray(Image.fromarray(image).resize((40, 40), Image.BICUBIC)) for image in framed]
     return np.stack(images), digits.labels.numpy()
+
+
+def run_as_process(script: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Run a script as its users do, in a process of its own."""
+    command = [sys.executable, script, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def start(monkeypatch, *arguments):

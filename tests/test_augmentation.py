@@ -47,6 +47,13 @@ def pictures(count: int, size: int = 32) -> torch.Tensor:
     return torch.rand(count, 1, size, size, generator=generator(3))
 
 
+def squares() -> DigitSet:
+    """24 times a white square on black."""
+    images = torch.zeros(24, 1, 32, 32, dtype=torch.uint8)
+    images[:, :, 8:24, 8:24] = 255
+    return DigitSet("svhn", "train", images, torch.zeros(24, dtype=torch.long), "", {})
+
+
 def test_each_number_does_its_own_thing():
     x = pictures(5)
     z = (x - x.mean((1, 2, 3), keepdim=True)) / x.std((1, 2, 3), correction=0, keepdim=True)
@@ -240,11 +247,8 @@ def test_the_two_views_show_the_same_images():
 @pytest.mark.parametrize("first_step", [0, 3])
 def test_strong_augmentation_gives_way_to_affine(first_step):
     """Affine images keep the two values of theirs and their order; noise, inversion and background do not."""
-    images = torch.zeros(24, 1, 32, 32, dtype=torch.uint8)
-    images[:, :, 8:24, 8:24] = 255
-    digits = DigitSet("svhn", "train", images, torch.zeros(24, dtype=torch.long), "", {})
-    preprocess = Preprocessing(32, "unit", grey=True)
-    loader = PairedLoader(digits, images, 6, 0, preprocess, "strong", two_views=True)
+    digits = squares()
+    loader = PairedLoader(digits, digits.images, 6, 0, Preprocessing(32, "unit", grey=True), "strong", two_views=True)
 
     def plain(x: torch.Tensor) -> bool:
         return bool(x.min() == 0 and x.max() == 1)
@@ -258,11 +262,9 @@ def test_strong_augmentation_gives_way_to_affine(first_step):
 
 def test_a_share_of_the_targets_images_changes_strongly():
     """Noise gives every pixel a value of its own."""
-    images = torch.zeros(24, 1, 32, 32, dtype=torch.uint8)
-    images[:, :, 8:24, 8:24] = 255
-    digits = DigitSet("svhn", "train", images, torch.zeros(24, dtype=torch.long), "", {})
-    settings = {"two_views": True, "target_strong_share": 0.25}
-    loader = PairedLoader(digits, images, 400, 0, Preprocessing(32, "per-image", grey=True), "strong", **settings)
+    digits = squares()
+    preprocess, settings = Preprocessing(32, "per-image", grey=True), {"two_views": True, "target_strong_share": 0.25}
+    loader = PairedLoader(digits, digits.images, 400, 0, preprocess, "strong", **settings)
     x_s, _, (x_t, weak_t) = next(loader.epoch(0))
     noisy = [sum(len(image.unique()) > 800 for image in x) for x in (x_s, x_t, weak_t)]
     assert noisy[0] > 380

@@ -9,14 +9,13 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import start
+from conftest import run_as_process, start
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -48,13 +47,6 @@ def _leave_no_trace():
     signal.signal(signal.SIGINT, handler)
 
 
-def run_script(script, *arguments):
-    """Run a script as a process."""
-    return subprocess.run(
-        [sys.executable, script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-
-
 def parser_of(script):
     """The function of a script that reads sys.argv."""
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
@@ -81,7 +73,7 @@ def check_result(result):
 def dry_run(tiny_data, tmp_path_factory):
     """The process `python main.py --dry-run`, with the default recipe, and its run folder."""
     folder = tmp_path_factory.mktemp("dry") / "run"
-    done = run_script("main.py", "--dry-run", "--data-dir", tiny_data, "--run-dir", folder, "--device", "cpu")
+    done = run_as_process("main.py", "--dry-run", "--data-dir", tiny_data, "--run-dir", folder, "--device", "cpu")
     yield done, folder
     shutil.rmtree(folder, ignore_errors=True)  # half a gigabyte
 
@@ -231,7 +223,9 @@ def test_images_and_settings_in_tensorboard(events):
 
 def test_valid_gives_the_counts_of_the_run(dry_run, result, tiny_data):
     """`python valid.py`, another process on the weights file of the first."""
-    done = run_script("valid.py", "--weights", dry_run[1], "--data-dir", tiny_data, "--device", "cpu", "--no-download")
+    done = run_as_process(
+        "valid.py", "--weights", dry_run[1], "--data-dir", tiny_data, "--device", "cpu", "--no-download"
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["weights"] == str(dry_run[1])
@@ -350,7 +344,7 @@ def test_help(monkeypatch, capsys, script):
 @pytest.mark.parametrize("script", ["download_data.py", "tools/report.py"])
 def test_help_of_a_process(script):
     """The two that need no torch, and so start at once."""
-    done = run_script(script, "--help")
+    done = run_as_process(script, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"usage: {Path(script).name}")
 

@@ -7,13 +7,13 @@ import math
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_as_process
 from torch import nn
 
 import data_loader
@@ -532,8 +532,7 @@ RECORDS = {  # of the numbers that the weights which come with the code were rec
 
 def run_by_a_reader(*arguments: object) -> dict:
     """The last line of valid.py, started as a reader would."""
-    command = [sys.executable, "valid.py", "--no-download", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run_as_process("valid.py", "--no-download", *arguments)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
