@@ -162,6 +162,7 @@ def _receive(url: str, path: Path, seconds: float, patience: _Patience, progress
         ):  # fmt: skip
             while chunk := _read(response, received):
                 file.write(chunk)
+                file.flush()  # so that a process that is killed keeps them too
                 received += len(chunk)
                 patience.heard()
                 bar.update(len(chunk))
