@@ -23,6 +23,14 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY_COUNTS = {"svhn": (40, 23), "mnist": (64, 37), "usps": (30, 11)}  # training and test images of `tiny_data`
 
 
+@pytest.fixture(autouse=True)
+def _heed_ctrl_c():
+    """Python's own handler of Ctrl-C, which a shell's background jobs ignore, and afterwards the one before."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
 def write_idx(path: Path, array: np.ndarray) -> None:
     """Write a uint8 array as MNIST's IDX file, compressed when the name ends in .gz."""
     data = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()

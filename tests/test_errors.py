@@ -10,7 +10,6 @@ import os
 import pickle
 import random
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -46,8 +45,8 @@ SMALL = (
 
 
 @pytest.fixture(autouse=True)
-def _leave_no_trace(monkeypatch, tmp_path):
-    """No network, a shelf of weights of the test's own, and afterwards the handler of Ctrl-C as it was."""
+def _own_shelf(monkeypatch, tmp_path):
+    """No network, and a shelf of weights of the test's own."""
 
     def no_download(names, *arguments, **options):
         raise UserError(f"a test tried to download {list(names)}")
@@ -58,9 +57,6 @@ def _leave_no_trace(monkeypatch, tmp_path):
     entry = {"file": "digits.safetensors", "sha256": "0" * 64, "url": None}
     index = {"default": "digits", "weights": {"digits": entry}}
     (tmp_path / "pretrained" / "index.json").write_text(json.dumps(index))
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
 
 
 def the_error(stderr):

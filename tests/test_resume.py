@@ -36,16 +36,13 @@ STEPS_AN_EPOCH = 4
 
 
 @pytest.fixture(autouse=True)
-def _leave_no_trace(monkeypatch):
-    """Python's own handler of Ctrl-C, and afterwards the one before; and no test reaches for the network."""
+def _no_network(monkeypatch):
+    """No test reaches for the network."""
 
     def no_download(names, *arguments, **options):
         raise UserError(f"a test tried to download {list(names)}")
 
     monkeypatch.setattr(valid, "fetch", no_download)
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    yield
-    signal.signal(signal.SIGINT, handler)
 
 
 def start(*arguments):

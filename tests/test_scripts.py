@@ -8,7 +8,6 @@ import math
 import re
 import shlex
 import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -38,13 +37,6 @@ SMALL = (
     "--network", "quick", "--image-size", 32, "--augmentation", "affine", "--batch-size", 16, "--epochs", 1,
     "--device", "cpu", "--precision", "fp32", "--no-download",
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _leave_no_trace():
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
 
 
 def parser_of(script):
