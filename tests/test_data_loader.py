@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.decomposition import PCA
 
 import data_loader
 import main
@@ -17,6 +18,7 @@ from data_loader import (
     Preprocessing,
     limit,
     mean_pixel,
+    principal_grey,
     seed_of,
     shuffled_passes,
 )
@@ -338,22 +340,48 @@ def test_preprocessing_leaves_its_input_alone():
     assert torch.equal(images, before)
 
 
+def grey_by_hand(image: np.ndarray) -> np.ndarray:
+    """The first principal component of a (3, H, W) image's colours, as scikit-learn finds it."""
+    found = PCA(1).fit(image.reshape(3, -1).T)
+    direction = found.components_[0] * np.sign(found.components_[0].sum())
+    return image.mean() + ((image - found.mean_[:, None, None]) * direction[:, None, None]).sum(0) / 3**0.5
+
+
 @pytest.mark.parametrize("size", [16, 32])
-def test_a_grey_network_gets_the_mean_of_the_colours(size):
-    """Averaged before resizing, and rounded once; grey images of the right size come back as they are."""
-    colour = torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
+def test_a_grey_network_gets_the_principal_component_of_the_colours(size):
+    """Taken before resizing, and rounded once; grey images of the right size come back as they are."""
+    colour = torch.randint(80, 176, (3, 3, 32, 32), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
     preprocess = Preprocessing(size, grey=True)
-    mean = colour.numpy().astype(np.float64).mean(1)
+    principal = np.stack([grey_by_hand(image) for image in colour.numpy().astype(np.float64)])
     resized = preprocess.resize(colour)
     assert resized.shape == (3, 1, size, size)
-    if size == 32:
-        assert np.array_equal(resized[:, 0].numpy(), np.rint(mean.astype(np.float32)))
-    else:
-        expected = np.stack([np.asarray(Image.fromarray(m.astype(np.float32)).resize((16, 16), 2)) for m in mean])
-        assert np.abs(resized[:, 0].numpy() - expected).max() <= 0.51
+    expected = principal
+    if size == 16:
+        expected = np.stack([np.asarray(Image.fromarray(g.astype(np.float32)).resize((16, 16), 2)) for g in principal])
+    assert np.abs(resized[:, 0].numpy() - expected).max() <= 0.51
     assert preprocess.resize(resized) is resized
     assert preprocess(colour).shape == (3, 1, size, size)
     torch.testing.assert_close(preprocess(colour), resized.float() / 255)
+
+
+def test_a_digit_that_differs_in_hue_alone_is_seen_and_brighter_stays_brighter():
+    """Red on green of the same brightness comes out with the same contrast as two greys as far apart."""
+    red, green = torch.tensor([180.0, 60.0, 60.0]), torch.tensor([60.0, 180.0, 60.0])
+    digit = (torch.arange(32) % 4 < 2).expand(32, 32)
+    hue = torch.where(digit, red[:, None, None], green[:, None, None])[None]
+    assert hue.mean(1).std() == 0
+    levels = principal_grey(hue).unique()
+    assert levels.max() - levels.min() == pytest.approx((red - green).norm().item() / 3**0.5)
+    assert levels.mean().item() == pytest.approx(100, abs=1e-3)
+
+    bright = torch.where(
+        digit, torch.tensor([200.0, 90.0, 40.0])[:, None, None], torch.tensor([20.0, 60.0, 50.0])[:, None, None]
+    )
+    found = principal_grey(bright[None])[0, 0]
+    assert found[digit].min() > found[~digit].max()
+    three = torch.randint(0, 256, (2, 1, 32, 32), generator=torch.Generator().manual_seed(6)).float()
+    torch.testing.assert_close(principal_grey(three.expand(-1, 3, -1, -1)), three)
+    torch.testing.assert_close(principal_grey(torch.full((1, 3, 4, 4), 7.0)), torch.full((1, 1, 4, 4), 7.0))
 
 
 def test_mean_pixel_against_numpy():

@@ -47,7 +47,8 @@ PARAMETERS = {
     + (64 * 64 * 9 + 2 * 64)
     + (64 * 128 * 9 + 2 * 128)
     + (128 * 128 * 9 + 2 * 128)
-    + (2048 * 128 + 2 * 128),
+    + (128 * 256 * 9 + 2 * 256)
+    + (256 * 128 + 2 * 128),
     ("modern", "classifier"): 128 * 10 + 10,
     ("modern", "discriminator"): (128 * 128 + 128) + (128 * 10 + 10),
 }
@@ -256,12 +257,15 @@ def features_by_hand(network: str, x: torch.Tensor, w: list[torch.Tensor]) -> to
     pooled = (0, 3, 6) if network == "quick" else (0, 6, 12)
     *convolutional, last = range(0, len(w), 3)
     for i in convolutional:
-        x = F.conv2d(x, w[i], padding=1)
+        x = F.conv2d(x, w[i], padding=0 if i == 15 else 1)
         if network == "modern" and i in pooled:  # pools before it normalises
             x = F.max_pool2d(x, 2)
         x = (x * scale * w[i + 1].view(1, -1, 1, 1) + w[i + 2].view(1, -1, 1, 1)).clamp_min(0)
         if network == "quick":
             x = F.max_pool2d(x, 2)
+    if network == "modern":
+        assert x.shape[1:] == (256, 2, 2)
+        x = x.mean((2, 3))
     return (x.flatten(1) @ w[last].T * scale * w[last + 1] + w[last + 2]).clamp_min(0)
 
 

@@ -29,7 +29,8 @@ def draw(augmentation: str, count: int, size: int, generator: torch.Generator, s
     Args:
         augmentation: "none"; "affine"; "strong", neighbours, affine with wider bounds, elastic and appearance; "weak",
             affine with narrow bounds, for a teacher.
-        strong_share: of the images that "strong" changes, 0 to 1; the others get neighbours and affine changes alone.
+        strong_share: of the images that "strong" changes, 0 to 1; the others get affine changes, neighbours and random
+            erasing alone.
     """
     if augmentation == "none":
         return {}
@@ -42,6 +43,7 @@ def draw(augmentation: str, count: int, size: int, generator: torch.Generator, s
         "elastic": elastic_draws(count, generator) * strong[:, None, None, None],
         "strong": strong,
         **neighbour_draws(count, generator),
+        "erasing": torch.rand(count, 7, device=generator.device, generator=generator),
         **appearance_draws(count, size, generator),
     }
 
@@ -58,6 +60,7 @@ def augment(x: Tensor, draws: Draws, others: Tensor | None = None) -> Tensor:
         x = add_neighbours(standardise(x), [standardise(other) for other in others.unbind(1)], draws["neighbours"])
     if "strong" in draws:
         x = torch.where(draws["strong"].view(-1, 1, 1, 1), random_appearance(x, draws), standardise(x))
+        x = standardise(random_erasing(x, draws["erasing"]))
     return x
 
 
@@ -133,14 +136,13 @@ def appearance_draws(count: int, size: int, generator: torch.Generator) -> Draws
     device = generator.device
     return {
         "numbers": torch.rand(count, 4, device=device, generator=generator),
-        "erasing": torch.rand(count, 7, device=device, generator=generator),
         "background": torch.randn(count, 1, 4, 4, device=device, generator=generator),
         "noise": torch.randn(count, 1, size, size, device=device, generator=generator),
     }
 
 
 def random_appearance(x: Tensor, draws: Draws) -> Tensor:
-    """Blur or sharpen, invert, add a smooth background and noise, and erase a part of each image.
+    """Blur or sharpen, invert, and add a smooth background and noise.
 
     Amplitudes count in standard deviations of the image, which comes out with zero mean and unit variance.
 
@@ -154,7 +156,7 @@ def random_appearance(x: Tensor, draws: Draws) -> Tensor:
     x = torch.where(invert < 0.5, -x, x)
     background = F.interpolate(draws["background"], (size, size), mode="bicubic", align_corners=False)
     x = x + (1.1 * amplitude - 0.3).clamp_min(0) * background + 0.2 * grain * draws["noise"]
-    return standardise(random_erasing(x, draws["erasing"]))
+    return standardise(x)
 
 
 def random_erasing(x: Tensor, numbers: Tensor) -> Tensor:

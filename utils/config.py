@@ -224,8 +224,8 @@ def _modern(source: str, target: str) -> Config:
         teacher_start=0.15,
         perturbation=3.0,
         alignment=1.0,
-        alignment_until=0.67,
-        confidence=0.7,
+        alignment_until=0.5,
+        confidence=0.5,
     )
 
 
