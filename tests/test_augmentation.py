@@ -11,7 +11,7 @@ from scipy.ndimage import convolve
 from data_loader import DigitSet, PairedLoader, Preprocessing
 from tests.test_step import make_trainer
 from utils.augmentation import (
-    AFFINE,
+    MILD,
     STRONG,
     add_neighbours,
     affine_draws,
@@ -109,22 +109,34 @@ def test_neighbours_stand_where_they_were_drawn():
     ramp, steep = columns - 15.5, 2 * (columns - 15.5)  # the mean over an edge is 15.5
     numbers = torch.tensor(
         [
-            [[0.0, 0.39], [0.0, 0.41]],  # one on the left, its centre 16 pixels from the middle
-            [[0.0, 0.41], [1.0, 0.39]],  # one on the right, 24 pixels from the middle
+            [[0.0, 0.59], [0.0, 0.61]],  # one on the left, its centre 16 pixels from the middle
+            [[0.0, 0.61], [1.0, 0.59]],  # one on the right, 24 pixels from the middle
             [[0.5, 0.00], [0.25, 0.00]],  # both, 20 and 18 pixels
-            [[0.0, 0.41], [0.0, 0.41]],  # none
+            [[0.0, 0.61], [0.0, 0.61]],  # none
         ]
     )
-    expected = x.clone()
-    expected[0, :, :, :16] += ramp[0, :, :, 16:]
-    expected[1, :, :, 24:] += steep[0, :, :, :8]
-    expected[2, :, :, :12] += ramp[0, :, :, 20:]
-    expected[2, :, :, 18:] += steep[0, :, :, :14]
+    expected = torch.cat((x[..., :1].expand(-1, -1, -1, 16), x, x[..., -1:].expand(-1, -1, -1, 16)), -1)
+    expected[0, :, :, :32] += ramp[0]  # from 16 pixels left of the image to its middle
+    expected[1, :, :, 40:] += steep[0, :, :, :24]
+    expected[2, :, :, :28] += ramp[0, :, :, 4:]
+    expected[2, :, :, 34:] += steep[0, :, :, :30]
     found = add_neighbours(x, [columns, 2 * columns], numbers)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_neighbours_come_from_the_whole_set_and_the_image_alone_is_warped():
+def test_a_scale_brings_neighbours_nearer():
+    """The square in the middle is shown as it is; made narrower, it shows its sides too, and nothing beyond them."""
+    x = torch.rand(3, 1, 32, 64, generator=generator())
+    affine = torch.zeros(3, 6)
+    affine[1, 2] = 1.0  # twice as narrow
+    affine[2, 2] = 2.0  # three times: the edges go on
+    out = random_warp(x, affine)
+    torch.testing.assert_close(out[0], x[0, :, :, 16:48], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out[1], x[1].unflatten(2, (32, 2)).mean(3), rtol=1e-4, atol=1e-4)
+    assert torch.equal(out[2, :, :, :5], out[2, :, :, :1].expand(-1, -1, 5))
+
+
+def test_neighbours_come_from_the_whole_set_and_are_warped_with_the_image():
     images = torch.arange(8).view(8, 1, 1, 1).expand(8, 1, 32, 32)
     draws = draw("strong", 500, 32, generator(5))
     found = neighbours(images, draws)
@@ -135,21 +147,23 @@ def test_neighbours_come_from_the_whole_set_and_the_image_alone_is_warped():
 
     x, others = pictures(2), pictures(4).view(2, 2, 1, 32, 32)
     draws = {"affine": affine_draws(2, generator(6)), "neighbours": torch.zeros(2, 2, 2)}
-    warped = standardise(random_warp(x, draws["affine"]))
-    expected = add_neighbours(warped, [standardise(others[:, 0]), standardise(others[:, 1])], draws["neighbours"])
+    beside = [standardise(others[:, 0]), standardise(others[:, 1])]
+    expected = random_warp(add_neighbours(standardise(x), beside, draws["neighbours"]), draws["affine"])
     torch.testing.assert_close(augment(x, draws, others), expected)
 
 
 def test_some_images_can_be_left_without_strong_changes():
-    """They get affine changes of the usual bounds, neighbours and erasing, as many as the others."""
+    """They get affine changes of their own bounds, neighbours and erasing, as many as the others."""
     x, others = pictures(400), pictures(800).view(400, 2, 1, 32, 32)
     draws = draw("strong", 400, 32, generator(), strong_share=0.25)
     strong = draws["strong"]
     assert 70 < strong.sum() < 130
-    bounds = torch.tensor([STRONG, AFFINE])
-    for chosen, own in ((strong, bounds[0]), (~strong, bounds[1])):
-        largest = draws["affine"][chosen].abs().amax(0)
-        assert ((largest <= own) & (largest > 0.85 * own)).all()
+    drawn = draws["affine"].clone()
+    drawn[:, 2:4] = (1 + drawn[:, 2:4]).log()  # as likely to get narrower as wider
+    assert drawn[:, 2:4].mean(0).abs().max() < 0.05
+    for chosen, own in ((strong, torch.tensor(STRONG)), (~strong, torch.tensor(MILD))):
+        largest = drawn[chosen].abs().amax(0)
+        assert ((largest <= own + 1e-6) & (largest > 0.85 * own)).all()
     assert torch.equal(draws["elastic"].abs().amax((1, 2, 3)) > 0, strong)
 
     out = augment(x, draws, others)

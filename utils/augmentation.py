@@ -12,7 +12,9 @@ Draws = dict[str, Tensor]  # what was drawn, by name; images first in every tens
 
 # Bounds of angle (radians), shear, the two scales and the two shifts (of half the image's size).
 AFFINE = (15 * torch.pi / 180, 0.15, 0.15, 0.15, 0.125, 0.125)
-STRONG = (15 * torch.pi / 180, 0.20, 0.35, 0.35, 0.050, 0.050)  # small shifts: digits that fill the image stay in it
+# Of the next two the scales count as natural logarithms: digits get up to 1.65 times narrower or wider, or 1.49 times.
+STRONG = (15 * torch.pi / 180, 0.20, 0.50, 0.30, 0.050, 0.050)  # small shifts: digits that fill the image stay in it
+MILD = (15 * torch.pi / 180, 0.15, 0.40, 0.20, 0.100, 0.100)
 WEAK = tuple(0.3 * bound for bound in AFFINE)
 ELASTIC = 0.12  # the largest deviation of the elastic displacements, of half the image's size
 
@@ -20,26 +22,27 @@ ELASTIC = 0.12  # the largest deviation of the elastic displacements, of half th
 # which part of the image, around its middle, the centre comes.
 ERASING, AREAS, RATIO, CENTRES = 0.7, (0.008, 0.1), 10.0, 0.5
 # Neighbours: how often on each side, and how far their centre is at least and at most, of the image's size.
-NEIGHBOURS, DISTANCES = 0.4, (0.5, 0.75)
+NEIGHBOURS, DISTANCES = 0.6, (0.5, 0.75)
 
 
 def draw(augmentation: str, count: int, size: int, generator: torch.Generator, strong_share: float = 1.0) -> Draws:
     """What `augment` needs for `count` images of `size` × `size` pixels.
 
     Args:
-        augmentation: "none"; "affine"; "strong", neighbours, affine with wider bounds, elastic and appearance; "weak",
-            affine with narrow bounds, for a teacher.
-        strong_share: of the images that "strong" changes, 0 to 1; the others get affine changes, neighbours and random
-            erasing alone.
+        augmentation: "none"; "affine"; "strong", neighbours, affine with wider bounds, elastic, appearance and erasing;
+            "weak", affine with narrow bounds, for a teacher.
+        strong_share: of the images that "strong" changes, 0 to 1; the others get neighbours, affine changes with the
+            bounds of MILD and erasing alone.
     """
     if augmentation == "none":
         return {}
     if augmentation != "strong":
         return {"affine": affine_draws(count, generator, WEAK if augmentation == "weak" else AFFINE)}
     strong = torch.rand(count, device=generator.device, generator=generator) < strong_share
-    wide, usual = affine_draws(count, generator, STRONG), affine_draws(count, generator)
+    affine = torch.where(strong[:, None], affine_draws(count, generator, STRONG), affine_draws(count, generator, MILD))
+    affine[:, 2:4] = affine[:, 2:4].expm1()  # a scale of 1 + x, drawn as its logarithm
     return {
-        "affine": torch.where(strong[:, None], wide, usual),
+        "affine": affine,
         "elastic": elastic_draws(count, generator) * strong[:, None, None, None],
         "strong": strong,
         **neighbour_draws(count, generator),
@@ -55,9 +58,9 @@ def augment(x: Tensor, draws: Draws, others: Tensor | None = None) -> Tensor:
     """
     if not draws:
         return x
-    x = random_warp(x, draws["affine"], draws.get("elastic"))
     if others is not None:
         x = add_neighbours(standardise(x), [standardise(other) for other in others.unbind(1)], draws["neighbours"])
+    x = random_warp(x, draws["affine"], draws.get("elastic"))
     if "strong" in draws:
         x = torch.where(draws["strong"].view(-1, 1, 1, 1), random_appearance(x, draws), standardise(x))
         x = standardise(random_erasing(x, draws["erasing"]))
@@ -79,14 +82,17 @@ def neighbours(images: Tensor, draws: Draws) -> Tensor | None:
 
 
 def add_neighbours(x: Tensor, others: list[Tensor], numbers: Tensor) -> Tensor:
-    """Add a part of another image on the left, and of a third on the right, of some images; their edges become 0.
+    """Add another image on the left, and a third on the right, of some images, which get room for them on both sides.
 
-    A mixture of images (mixup, Zhang et al., ICLR 2018) in which the label is that of the one in the middle.
+    A mixture of images (mixup, Zhang et al., ICLR 2018) in which the label is that of the one in the middle. The room
+    is filled with the image's edge pixels, and the edges of what is added become 0.
 
-    Shape: (N, C, S, S), two of (N, C, S, S), (N, 2, 2) in [0, 1) -> (N, C, S, S)
+    Shape: (N, C, S, S), two of (N, C, S, S), (N, 2, 2) in [0, 1) -> (N, C, S, 2S)
     """
     size = x.shape[-1]
-    pixel = torch.arange(size, device=x.device)
+    margin = size // 2
+    x = F.pad(x, (margin, margin, 0, 0), mode="replicate")
+    pixel = torch.arange(x.shape[-1], device=x.device) - margin
     near, far = DISTANCES
     for other, (distance, there), side in zip(others, numbers.permute(1, 2, 0), (-1, 1), strict=True):
         shift = side * (size * (near + (far - near) * distance)).round().long()
@@ -116,18 +122,21 @@ def elastic_draws(count: int, generator: torch.Generator) -> Tensor:
 def random_warp(x: Tensor, affine: Tensor, elastic: Tensor | None = None) -> Tensor:
     """Rotate, scale (each axis for itself), shear, shift and bend each image as drawn; values stay within its range.
 
-    With the bounds of AFFINE: ±15°, 0.85–1.15, ±0.15, ±2 of 32 pixels.
+    With the bounds of AFFINE: ±15°, 0.85–1.15, ±0.15, ±2 of 32 pixels. Of an image that is wider than high the square
+    in the middle is shown, and more of its sides where a scale makes room.
 
-    Shape: (N, C, H, W), (N, 6), (N, 2, 5, 5) -> (N, C, H, W)
+    Shape: (N, C, S, W), (N, 6), (N, 2, 5, 5) -> (N, C, S, S)
     """
     angle, shear, wide, high, right, down = affine.T
     cos, sin = angle.cos(), angle.sin()
     rows = [(1 + wide) * cos, shear - sin, right, sin + shear, (1 + high) * cos, down]
     theta = torch.stack(rows, 1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    size, width = x.shape[-2:]
+    grid = F.affine_grid(theta, [len(x), x.shape[1], size, size], align_corners=False)
     if elastic is not None:
-        smooth = F.interpolate(elastic, x.shape[-2:], mode="bicubic", align_corners=True)
+        smooth = F.interpolate(elastic, (size, size), mode="bicubic", align_corners=True)
         grid = grid + smooth.permute(0, 2, 3, 1)
+    grid = grid * grid.new_tensor([size / width, 1.0])
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
