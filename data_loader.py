@@ -368,11 +368,11 @@ class PairedLoader:
         return self.preprocess.normalise(augment(images[index].float().div_(255), draws, others))
 
     def epoch(
-        self, epoch: int, first_step: int = 0, affine_from: float = math.inf
+        self, epoch: int, first_step: int = 0, mild_from: float = math.inf
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The batches of epoch `epoch` (from 0), from step `first_step` on.
 
-        From step `affine_from` on, which may lie in another epoch, affine changes are the only ones.
+        From step `mild_from` on, which may lie in another epoch, changes are "mild" (utils/augmentation.py).
         """
         length, device = self.steps * self.batch_size, self.images_s.device
         order_s = shuffled_passes(len(self.images_s), length, seed_of(self.seed, epoch, 0)).to(device)
@@ -380,7 +380,7 @@ class PairedLoader:
         generator = torch.Generator(device).manual_seed(seed_of(self.seed, epoch, 2))
 
         for step in range(self.steps):
-            augmentation = "affine" if step >= affine_from else self.augmentation
+            augmentation = "mild" if step >= mild_from else self.augmentation
             # Views of the source and of the target. They are drawn for the whole batch, and for steps already done, so
             # that they are the same each time.
             views = [(augmentation, 1.0), (augmentation, self.target_strong_share), *[("weak", 1.0)] * self.two_views]

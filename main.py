@@ -304,10 +304,10 @@ class Trainer:
         title = f"epoch {self.epoch + 1}/{self.epochs}"
         bar = None if self.processes.writes else True  # tqdm's disable: None is silent where there is no terminal
         # Strongly changed images are not what is tested; the last steps make up for it (He et al., arXiv 1909.09148).
-        affine_from = math.inf
+        mild_from = math.inf
         if config.augmentation == "strong" and not warm:
-            affine_from = (config.strong_until * config.epochs - phase_epoch) * steps
-        batches = self.loader.epoch(self.epoch, self.step, affine_from)
+            mild_from = (config.strong_until * config.epochs - phase_epoch) * steps
+        batches = self.loader.epoch(self.epoch, self.step, mild_from)
         for x_s, y_s, x_t in tqdm(batches, title, steps, False, initial=self.step, disable=bar):
             # Progress p in [0, 1) -> weight λ_p of the reversed gradient, learning rate μ_p (paper, section 4).
             phase_step = phase_epoch * steps + self.step

@@ -29,26 +29,28 @@ def draw(augmentation: str, count: int, size: int, generator: torch.Generator, s
     """What `augment` needs for `count` images of `size` × `size` pixels.
 
     Args:
-        augmentation: "none"; "affine"; "strong", neighbours, affine with wider bounds, elastic, appearance and erasing;
-            "weak", affine with narrow bounds, for a teacher.
-        strong_share: of the images that "strong" changes, 0 to 1; the others get neighbours, affine changes with the
-            bounds of MILD and erasing alone.
+        augmentation: "none"; "affine"; "weak", affine with narrow bounds, for a teacher; "mild", neighbours and affine
+            with the bounds of MILD; "strong", neighbours, affine with the bounds of STRONG, elastic, appearance and
+            erasing.
+        strong_share: of the images that "strong" changes, 0 to 1; the others get what is mild, and erasing.
     """
     if augmentation == "none":
         return {}
-    if augmentation != "strong":
+    if augmentation in ("affine", "weak"):
         return {"affine": affine_draws(count, generator, WEAK if augmentation == "weak" else AFFINE)}
-    strong = torch.rand(count, device=generator.device, generator=generator) < strong_share
-    affine = torch.where(strong[:, None], affine_draws(count, generator, STRONG), affine_draws(count, generator, MILD))
+    affine = affine_draws(count, generator, MILD)
+    more = {}
+    if augmentation == "strong":
+        strong = torch.rand(count, device=generator.device, generator=generator) < strong_share
+        affine = torch.where(strong[:, None], affine_draws(count, generator, STRONG), affine)
+        more = {
+            "elastic": elastic_draws(count, generator) * strong[:, None, None, None],
+            "strong": strong,
+            "erasing": torch.rand(count, 7, device=generator.device, generator=generator),
+            **appearance_draws(count, size, generator),
+        }
     affine[:, 2:4] = affine[:, 2:4].expm1()  # a scale of 1 + x, drawn as its logarithm
-    return {
-        "affine": affine,
-        "elastic": elastic_draws(count, generator) * strong[:, None, None, None],
-        "strong": strong,
-        **neighbour_draws(count, generator),
-        "erasing": torch.rand(count, 7, device=generator.device, generator=generator),
-        **appearance_draws(count, size, generator),
-    }
+    return {"affine": affine, **neighbour_draws(count, generator), **more}
 
 
 def augment(x: Tensor, draws: Draws, others: Tensor | None = None) -> Tensor:
