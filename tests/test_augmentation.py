@@ -235,8 +235,9 @@ def test_a_share_of_the_draws_gives_a_share_of_the_images(share):
     torch.testing.assert_close(part, augment(x, draws)[share])
 
 
-def test_the_two_views_show_the_same_images():
+def test_the_two_views_show_the_same_images(monkeypatch):
     """The teacher's view is weak, the student's strong, and both hold image i at place i."""
+    monkeypatch.setattr("utils.augmentation.NEIGHBOURS", 0.0)  # they may be of the other kind
     ramp = torch.arange(32, dtype=torch.uint8).mul(8).expand(400, 1, 32, 32).clone()
     ramp[200:] = ramp[200:].mT.clone()  # two kinds of images
     digits = DigitSet("svhn", "train", ramp, torch.zeros(400, dtype=torch.long), "", {})
@@ -258,19 +259,36 @@ def test_the_two_views_show_the_same_images():
 
 
 @pytest.mark.parametrize("first_step", [0, 3])
-def test_strong_augmentation_gives_way_to_affine(first_step):
-    """Affine images keep the two values of theirs and their order; noise, inversion and background do not."""
+def test_strong_augmentation_gives_way_to_mild(first_step, monkeypatch):
+    """Mild squares stay white in the middle, black in the corners and without noise; all of them have neighbours."""
+    monkeypatch.setattr("utils.augmentation.NEIGHBOURS", 0.0)
     digits = squares()
     loader = PairedLoader(digits, digits.images, 6, 0, Preprocessing(32, "unit", grey=True), "strong", two_views=True)
 
     def plain(x: torch.Tensor) -> bool:
-        return bool(x.min() == 0 and x.max() == 1)
+        quiet = all(len(image.unique()) < 500 for image in x)
+        return quiet and bool((x[:, :, 16, 16] > x[:, :, 0, 0]).all())
 
     kinds = [(plain(x_s), plain(x_t[0]), plain(x_t[1])) for x_s, _, x_t in loader.epoch(0, first_step, 2.5)]
     assert kinds == ([(False, False, True)] * 3 + [(True, True, True)])[first_step:]
     assert all(plain(x_s) for x_s, _, _ in loader.epoch(0, 0, -4))
     assert not any(plain(x_s) for x_s, _, _ in loader.epoch(0, 0, 4))
     assert not any(plain(x_s) for x_s, _, _ in loader.epoch(0))
+
+    seen = []
+    monkeypatch.setattr("data_loader.augment", lambda x, draws, others: seen.append(others is not None) or x)
+    list(loader.epoch(0, 0, -4))
+    assert seen == [True, True, False] * 4  # not in the teacher's view
+
+
+def test_mild_changes_are_those_of_images_that_do_not_change_strongly():
+    """Of the bounds of MILD, scales as likely to shrink as to grow, and neighbours; nothing else."""
+    draws = draw("mild", 3000, 32, generator())
+    assert set(draws) == {"affine", "others", "neighbours"}
+    drawn = draws["affine"]
+    drawn[:, 2:4] = (1 + drawn[:, 2:4]).log()
+    assert drawn.abs().amax(0).tolist() == pytest.approx(MILD, rel=0.01)
+    assert drawn.mean(0).abs().max() < 0.02
 
 
 def test_a_share_of_the_targets_images_changes_strongly():

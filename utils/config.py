@@ -65,10 +65,7 @@ class Config:
         1.0, "schedule", "share of unlabelled images that strong augmentation changes strongly", added=True
     )
     strong_until: float = _setting(
-        1.0,
-        "schedule",
-        "progress p at which strong augmentation gives way to neighbours and affine changes alone; 1: never",
-        added=True,
+        1.0, "schedule", "progress p at which strong augmentation gives way to milder changes; 1: never", added=True
     )
     label_smoothing: float = _setting(0.0, "schedule", "share of a source label spread over all classes", added=True)
 
