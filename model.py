@@ -284,7 +284,8 @@ def domain_loss(logits: Tensor, domain: int) -> Tensor:
     Shape: (N, 2) or (N, 1) -> ()
     """
     if logits.shape[1] == 1:  # the logistic form, -log sigmoid(±logit)
-        return F.softplus(logits.float() if domain == 0 else -logits.float()).mean()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bf16 is too coarse for a logarithm
+        return F.softplus(logits if domain == 0 else -logits).mean()
     return F.cross_entropy(logits, logits.new_full((len(logits),), domain, dtype=torch.long))
 
 
