@@ -99,7 +99,7 @@ def test_erasing_covers_what_was_drawn():
     assert torch.equal(random_erasing(z, numbers), expected)
 
     draws = {"affine": torch.zeros(6, 6), "strong": torch.arange(6) < 3, "erasing": numbers, **still(6)}
-    torch.testing.assert_close(augment(z, draws), standardise(expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(augment(z, draws), standardise(expected), rtol=1e-4, atol=1e-5)
 
 
 def test_neighbours_stand_where_they_were_drawn():
@@ -260,14 +260,15 @@ def test_the_two_views_show_the_same_images(monkeypatch):
 
 @pytest.mark.parametrize("first_step", [0, 3])
 def test_strong_augmentation_gives_way_to_mild(first_step, monkeypatch):
-    """Mild squares stay white in the middle, black in the corners and without noise; all of them have neighbours."""
+    """Mild squares keep their two values and the order of these; noise, inversion and background do not."""
     monkeypatch.setattr("utils.augmentation.NEIGHBOURS", 0.0)
     digits = squares()
     loader = PairedLoader(digits, digits.images, 6, 0, Preprocessing(32, "unit", grey=True), "strong", two_views=True)
 
     def plain(x: torch.Tensor) -> bool:
-        quiet = all(len(image.unique()) < 500 for image in x)
-        return quiet and bool((x[:, :, 16, 16] > x[:, :, 0, 0]).all())
+        middle, corner = x[:, :, 16, 16], x[:, :, 0, 0]
+        whole = torch.allclose(middle, x.amax((2, 3))) and torch.allclose(corner, x.amin((2, 3)))
+        return whole and bool((middle - corner > 0.999).all())  # the two values lie further apart once standardised
 
     kinds = [(plain(x_s), plain(x_t[0]), plain(x_t[1])) for x_s, _, x_t in loader.epoch(0, first_step, 2.5)]
     assert kinds == ([(False, False, True)] * 3 + [(True, True, True)])[first_step:]

@@ -107,7 +107,7 @@ def add_neighbours(x: Tensor, others: list[Tensor], numbers: Tensor) -> Tensor:
 
 
 def affine_draws(count: int, generator: torch.Generator, bounds: tuple[float, ...] = AFFINE) -> Tensor:
-    """What `random_affine` needs for so many images, each value uniform within ± its bound. Shape: -> (count, 6)."""
+    """What `random_warp` needs for so many images, each value uniform within ± its bound. Shape: -> (count, 6)."""
     draws = torch.empty(len(bounds), count, device=generator.device)
     for row, bound in zip(draws, bounds, strict=True):
         row.uniform_(-bound, bound, generator=generator)
