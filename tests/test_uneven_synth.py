@@ -1,0 +1,67 @@
+"""The hard development pair: images of the documented kind, the same each time, classes of uneven size."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import data_loader
+from tools import uneven_synth
+from tools.uneven_synth import REACH, SHARES, SMEARED, degrade, uneven
+from utils.synth_digits import render_digits
+
+
+@pytest.fixture(scope="module")
+def digits() -> torch.Tensor:
+    images, _ = render_digits(0, 0, 300)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def contrast(images: torch.Tensor) -> torch.Tensor:
+    return images.float().mean(1).flatten(1).std(1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_degraded_images_are_dimmer_and_the_same_each_time(digits, training):
+    before = digits.clone()
+    x = degrade(digits, 5, training)
+    assert x.shape == digits.shape
+    assert x.dtype == torch.uint8
+    assert torch.equal(digits, before), "what was given stays as it is"
+    assert torch.equal(x, degrade(digits, 5, training))
+    assert not torch.equal(x, degrade(digits, 6, training))
+    ratio = contrast(x) / contrast(digits)
+    assert 0.2 < ratio.median() < 0.5  # √0.12 = 0.35, and less where blur takes more
+    assert ratio.max() < 1.3
+
+
+def test_only_training_images_are_grey_and_smeared(digits):
+    train, test = degrade(digits, 5, True), degrade(digits, 5, False)
+    assert (train == train[:, :1]).all()
+    assert (test != test[:, :1]).flatten(1).any(1).float().mean() > 0.9
+    middle = digits.shape[-1] // 2
+    for columns in (slice(0, middle - REACH[1] + 2), slice(middle + REACH[1] - 2, None)):
+        alike = [(x[..., columns] == x[..., columns][..., :1]).flatten(1).all(1).float().mean() for x in (train, test)]
+        assert alike[0] == pytest.approx(SMEARED, abs=0.12)
+        assert alike[1] < 0.05
+
+
+def test_each_class_keeps_its_share():
+    labels = torch.arange(10).repeat(4000)
+    kept = labels[uneven(labels, 3)].bincount(minlength=10) / 4000
+    assert kept.tolist() == pytest.approx(SHARES.tolist(), abs=0.03)
+    assert SHARES.max() / SHARES.min() == pytest.approx(3)
+
+
+def test_it_trains_like_main(monkeypatch, tiny_data, tmp_path):
+    monkeypatch.setitem(data_loader.DOMAINS, "synth", data_loader.DOMAINS["synth"])  # put back at the end
+    monkeypatch.setattr(
+        data_loader, "load_synth_digits", lambda seed, start, count, folders: render_digits(seed, start, count // 100)
+    )
+    command = f"uneven_synth.py --recipe quick --source mnist --target synth --data-dir {tiny_data} --dry-run"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--run-dir", str(tmp_path / "run")])
+    uneven_synth.run()
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["target_mark"].startswith("degraded synth subset, ")
+    assert result["target_total"] < 20, "of twenty test images some are left out"
