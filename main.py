@@ -317,8 +317,8 @@ class Trainer:
             mu_p = learning_rate(config, p, phase_step)
 
             if self.teacher:
-                # Sure labels need no alignment, which would pull at classes that are not alike in size.
-                self.teacher.alignment = config.alignment if p < config.alignment_until else 0.0
+                # Sure labels need less alignment, which pulls at classes that are not alike in size.
+                self.teacher.alignment = config.alignment if p < config.alignment_until else config.alignment_after
             outcome = self.train_step(x_s, y_s, x_t, lambda_p, mu_p, self.adapts and p >= config.teacher_start)
             self.sums += torch.cat((outcome, outcome.new_ones(1)))
 

@@ -122,6 +122,7 @@ OTHER = {
     "perturbation": ("1.5", 1.5),
     "alignment": ("0.25", 0.25),
     "alignment_until": ("0.6", 0.6),
+    "alignment_after": ("0.3", 0.3),
     "confidence": ("0.7", 0.7),
     "precision": ("bf16", "bf16"),
 }
@@ -287,6 +288,7 @@ def test_settings_of_a_run_that_lacks_later_ones_do_without_them():
         ("--recipe modern --confidence -0.1", "--confidence must be at least 0 and below 1"),
         ("--recipe modern --strong-until 1.01", "--strong-until must be between 0 and 1"),
         ("--recipe modern --alignment-until 1.1", "--alignment-until must be between 0 and 1"),
+        ("--recipe modern --alignment-after -0.1", "--alignment-after must be between 0 and 1"),
         ("--recipe modern --alignment 1.5", "--alignment must be between 0 and 1"),
         ("--recipe modern --epoch-steps -1", "--epoch-steps must not be negative"),
         ("--recipe modern --batch-size 1", "--batch-size must be at least 2"),

@@ -231,9 +231,13 @@ def test_the_teacher_starts_when_it_should_and_is_what_is_tested(tmp_path, monke
     )
 
 
-@pytest.mark.parametrize(("until", "expected"), [(1.0, [0.7] * 6), (0.5, [0.7] * 3 + [0.0] * 3)])
-def test_alignment_ends_when_it_should(until, expected, tmp_path, monkeypatch):
-    trainer = make_trainer(dataclasses.replace(MODERN, alignment=0.7, alignment_until=until), tmp_path)
+@pytest.mark.parametrize(
+    ("until", "after", "expected"),
+    [(1.0, 0.3, [0.7] * 6), (0.5, 0.0, [0.7] * 3 + [0.0] * 3), (0.5, 0.3, [0.7] * 3 + [0.3] * 3)],
+)
+def test_alignment_changes_when_it_should(until, after, expected, tmp_path, monkeypatch):
+    settings = {"alignment": 0.7, "alignment_until": until, "alignment_after": after}
+    trainer = make_trainer(dataclasses.replace(MODERN, **settings), tmp_path)
     seen = []
     align = trainer.teacher.align
     monkeypatch.setattr(trainer.teacher, "align", lambda q: seen.append(trainer.teacher.alignment) or align(q))

@@ -119,7 +119,10 @@ class Config:
         0.0, "teacher", "how far the class shares of its labels are drawn towards equal ones, 0 to 1", added=True
     )
     alignment_until: float = _setting(
-        1.0, "teacher", "progress p at which they are no longer drawn; 1: never", added=True
+        1.0, "teacher", "progress p from which on they are drawn by alignment-after; 1: never", added=True
+    )
+    alignment_after: float = _setting(
+        0.0, "teacher", "how far they are drawn from there on, 0 to 1; 0: no longer", added=True
     )
     confidence: float = _setting(0.9, "teacher", "probability above which its label counts", added=True)
 
@@ -309,7 +312,7 @@ def check(config: Config) -> None:
             raise UserError(f"--{item.name.replace('_', '-')} must be a finite number, not {value}")
     if any(number < 1 for number in config.frozen_convolutions):
         raise UserError(f"--frozen-convolutions counts from 1, not {min(config.frozen_convolutions)}")
-    for name in ("alignment", "alignment_until", "strong_until", "target_strong_share"):
+    for name in ("alignment", "alignment_until", "alignment_after", "strong_until", "target_strong_share"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(config, name)}")
     for name in ("dropout", "label_smoothing", "teacher_decay", "confidence"):
