@@ -105,11 +105,15 @@ def measure(jobs: list[Job], rounds: int, turn_seconds: float, device: torch.dev
     return records
 
 
-def ceiling_jobs(device: torch.device) -> list[Job]:
-    """Large matrix products in fp32 and bf16, and a copy from memory to memory."""
+def ceiling_jobs(device: torch.device, precisions: list[str]) -> list[Job]:
+    """Large matrix products at each precision, and a copy from memory to memory.
+
+    None of bf16 unless it is asked for: a CPU without the instructions takes minutes for one.
+    """
     size = 8192 if device.type == "cuda" else 2048
     jobs = []
-    for precision, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    for precision in precisions:
+        kind = torch.bfloat16 if precision == "bf16" else torch.float32
         a, b = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
         times = 4 if precision == "bf16" else 2
 
@@ -177,7 +181,7 @@ def usual_jobs(config: Config, source: DigitSet, target: DigitSet, device: torch
 
 def speed(args: argparse.Namespace, device: torch.device) -> dict:
     """Rates of everything, in turn, and the share of the ceiling that training reaches."""
-    jobs = ceiling_jobs(device)
+    jobs = ceiling_jobs(device, args.precisions)
     sets = (random_digits("svhn", (3, 32, 32), 1), random_digits("mnist", (1, 28, 28), 2))
     for recipe in args.recipes:
         config = recipe_config(recipe)
