@@ -233,7 +233,7 @@ class Trainer:
         self.steps_done = 0  # by this process
         self.stop_requested = False
         self.command, self.dry_run = machine.command_line(), False
-        self.resume_command = f"{processes.launcher} main.py --resume {shlex.quote(str(folder))}"
+        self.resume_command = f"{processes.launcher} {machine.script()} --resume {shlex.quote(str(folder))}"
 
     @property
     def adapts(self) -> bool:

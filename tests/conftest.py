@@ -16,8 +16,10 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
+import data_loader
 import main
 from data_loader import load_domain
+from utils.synth_digits import render_digits
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_COUNTS = {"svhn": (40, 23), "mnist": (64, 37), "usps": (30, 11)}  # training and test images of `tiny_data`
@@ -80,6 +82,14 @@ def tiny_data(tmp_path_factory) -> Path:
     for split, name in enumerate(("usps.bz2", "usps.t.bz2")):
         write_usps(folder / name, *digits(TINY_COUNTS["usps"][split], 16, 16))
     return folder
+
+
+@pytest.fixture
+def few_synth(monkeypatch):
+    """Every hundredth of the synth digits, for want of a minute to render them all."""
+    monkeypatch.setattr(
+        data_loader, "load_synth_digits", lambda seed, start, count, folders: render_digits(seed, start, count // 100)
+    )
 
 
 @pytest.fixture(scope="session")

@@ -19,10 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import data_loader
 import main
 from utils.config import RECIPES, recipe_config, to_dict
-from utils.synth_digits import render_digits
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = (
@@ -227,14 +225,6 @@ def test_valid_gives_the_counts_of_the_run(dry_run, result, tiny_data):
 
 
 # --- recipes and methods ----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def few_synth(monkeypatch):
-    """Some forty synth digits in place of twenty thousand, for want of a minute to render them."""
-    monkeypatch.setattr(
-        data_loader, "load_synth_digits", lambda seed, start, count, folders: render_digits(seed, start, count // 500)
-    )
 
 
 @pytest.mark.parametrize("recipe", sorted(set(RECIPES) - {"dann"}))

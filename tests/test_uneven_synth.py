@@ -1,14 +1,17 @@
 """The hard development pair: images of the documented kind, the same each time, classes of uneven size."""
 
 import json
+import shlex
 import sys
 
 import pytest
 import torch
+from conftest import interrupt_after, press_ctrl_c
 
 import data_loader
 from tools import uneven_synth
 from tools.uneven_synth import REACH, SHARES, SMEARED, degrade, uneven
+from utils.cli import Interrupted
 from utils.synth_digits import render_digits
 
 
@@ -54,14 +57,20 @@ def test_each_class_keeps_its_share():
     assert SHARES.max() / SHARES.min() == pytest.approx(3)
 
 
-def test_it_trains_like_main(monkeypatch, tiny_data, tmp_path):
+def test_it_trains_like_main(monkeypatch, tiny_data, few_synth, tmp_path):
     monkeypatch.setitem(data_loader.DOMAINS, "synth", data_loader.DOMAINS["synth"])  # put back at the end
-    monkeypatch.setattr(
-        data_loader, "load_synth_digits", lambda seed, start, count, folders: render_digits(seed, start, count // 100)
-    )
-    command = f"uneven_synth.py --recipe quick --source mnist --target synth --data-dir {tiny_data} --dry-run"
-    monkeypatch.setattr(sys, "argv", [*command.split(), "--run-dir", str(tmp_path / "run")])
+    folder = tmp_path / "run"
+    command = f"tools/uneven_synth.py --recipe quick --source mnist --target synth --data-dir {tiny_data} --dry-run"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--run-dir", str(folder)])
+    with monkeypatch.context() as interrupted:
+        interrupt_after(interrupted, "train_step", 1, press_ctrl_c)
+        with pytest.raises(Interrupted) as stop:
+            uneven_synth.run()
+
+    said = f"python tools/uneven_synth.py --resume {folder} --data-dir {tiny_data}"
+    assert f"`{said}`" in str(stop.value), "main.py would go on with another synth"
+    monkeypatch.setattr(sys, "argv", shlex.split(said)[1:])
     uneven_synth.run()
-    result = json.loads((tmp_path / "run/result.json").read_text())
+    result = json.loads((folder / "result.json").read_text())
     assert result["target_mark"].startswith("degraded synth subset, ")
     assert result["target_total"] < 20, "of twenty test images some are left out"

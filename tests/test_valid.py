@@ -25,7 +25,6 @@ from model import DANN
 from utils import pretrained
 from utils.checkpoint import load_weights
 from utils.cli import UserError, run_script
-from utils.synth_digits import render_digits
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -432,14 +431,6 @@ def test_a_url_without_a_file(monkeypatch, capsys, shelf, tiny_data):
 
 
 # --- test sets --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def few_synth(monkeypatch):
-    """A test set of ten in place of two thousand synth digits."""
-    monkeypatch.setattr(
-        data_loader, "load_synth_digits", lambda seed, start, count, folders: render_digits(seed, start, 10)
-    )
 
 
 def test_named_domains_in_their_order(monkeypatch, capsys, run_of_main, shelf, tiny_data):

@@ -122,11 +122,16 @@ def commit() -> str:
     return head + ("+" if changed else "")
 
 
+def script() -> str:
+    """The path of the script that this process runs, as a person would type it."""
+    return os.path.relpath(sys.argv[0])
+
+
 def command_line() -> str:
     """The command that started this process, as a person would type it."""
     import shlex
 
-    return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    return shlex.join(["python", script(), *sys.argv[1:]])
 
 
 def header(device: torch.device, precision: str) -> str:
