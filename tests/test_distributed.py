@@ -146,7 +146,7 @@ def test_interrupted_and_resumed_two_process_run_ends_with_the_same_bits(two, ti
     script.write_text(STOPPED.format(root=str(ROOT)))
     done = train(2, folder, tiny_data, *BATCH_NORMED, script=script)
     assert done.returncode != 0
-    assert "torchrun --nproc_per_node=2 main.py --resume" in done.stderr
+    assert f"torchrun --nproc_per_node=2 {os.path.relpath(script, ROOT)} --resume {folder}" in done.stderr
     assert not (folder / "result.json").exists()
     state = torch.load(folder / "last.pt", weights_only=True)
     assert (state["epoch"], state["step"]) == (1, 2)
