@@ -392,10 +392,11 @@ class Trainer:
 
     def load(self, state: dict) -> None:
         """Go on from what `save` wrote."""
-        if len(state["rng"]) != self.processes.count:
+        if (count := len(state["rng"])) != self.processes.count:
+            launcher = distributed.Processes(count=count).launcher
             raise UserError(
-                f"{self.folder} was trained by {len(state['rng'])} processes, not {self.processes.count}: "
-                f"resume it with `{distributed.Processes(count=len(state['rng'])).launcher} main.py --resume …`"
+                f"{self.folder} was trained by {count} processes, not {self.processes.count}: "
+                f"resume it with `{launcher} {machine.script()} --resume …`"
             )
         if state["steps_per_epoch"] != self.loader.steps or state["about"] != self.about:
             raise UserError(f"{self.folder} was trained on other data: resume with the same --data-dir")

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
-import data_loader
 import main
 from data_loader import load_domain
 from utils.synth_digits import render_digits
@@ -88,7 +87,7 @@ def tiny_data(tmp_path_factory) -> Path:
 def few_synth(monkeypatch):
     """Every hundredth of the synth digits, for want of a minute to render them all."""
     monkeypatch.setattr(
-        data_loader, "load_synth_digits", lambda seed, start, count, folders: render_digits(seed, start, count // 100)
+        "data_loader.load_synth_digits", lambda seed, start, count, folders: render_digits(seed, start, count // 100)
     )
 
 
