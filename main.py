@@ -204,7 +204,11 @@ class Trainer:
         self.losses = Losses(self.model, config)
         if processes.count > 1:
             # In a warm start and for the bounds the discriminator gets no gradient.
-            self.losses = DistributedDataParallel(self.losses, find_unused_parameters=not always_adapts(config))
+            self.losses = DistributedDataParallel(
+                self.losses,
+                process_group=distributed.gradient_group(),
+                find_unused_parameters=not always_adapts(config),
+            )
         if compiled:
             self.losses = torch.compile(self.losses)
         self.optimizer = make_optimizer(self.model, config, device)

@@ -92,6 +92,15 @@ def _host_group() -> dist.ProcessGroup:
     return _groups["host"]
 
 
+def gradient_group() -> dist.ProcessGroup:
+    """The group for DistributedDataParallel, which never lets go of its group.
+
+    On CPUs no other exchange may use it: destroying a group ends gloo's threads, but not while somebody holds it, and a
+    thread that still holds the tensor of the last exchange when Python ends aborts the process.
+    """
+    return _groups["gradients"]
+
+
 def started_by_torchrun() -> bool:
     """Whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
@@ -117,7 +126,9 @@ def join(device: torch.device) -> Iterator[Processes]:
     elif device.type != "cpu":
         raise UserError(f"several processes train on CUDA or CPUs, not on {device.type}: give --device cpu")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    _groups["host"] = dist.new_group(backend="gloo", timeout=TIMEOUT) if device.type == "cuda" else dist.group.WORLD
+    world, other = ("gradients", "host") if device.type == "cuda" else ("host", "gradients")
+    _groups[world] = dist.group.WORLD
+    _groups[other] = dist.new_group(backend="gloo", timeout=TIMEOUT)
     try:
         yield Processes(rank, count)
     finally:
