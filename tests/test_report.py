@@ -129,9 +129,16 @@ def test_different_settings_are_never_averaged(tmp_path, change):
 
 
 def test_rows_tell_their_settings_apart(tmp_path):
-    text = render(tmp_path, *(result(config={"lr": lr, "gamma": 10}) for lr in (0.01, 0.02)))
-    assert rows(text, "**DANN** (recipe `dann`, lr 0.01)")
+    text = render(tmp_path, *(result(config={"lr": lr, "gamma": 10}) for lr in (0.01, 0.02, 0.03)))
+    assert rows(text, "**DANN** (recipe `dann`)"), "0.01 is the recipe's own"
     assert rows(text, "**DANN** (recipe `dann`, lr 0.02)")
+    assert rows(text, "**DANN** (recipe `dann`, lr 0.03)")
+
+
+def test_settings_that_the_recipe_does_not_know_are_always_named(tmp_path):
+    text = render(tmp_path, *(result(recipe="mine", config={"lr": lr}) for lr in (0.01, 0.02)))
+    assert rows(text, "**DANN** (recipe `mine`, lr 0.01)")
+    assert rows(text, "**DANN** (recipe `mine`, lr 0.02)")
 
 
 def test_gain_needs_the_same_settings(tmp_path):

@@ -33,6 +33,7 @@ from tools.tables import (  # noqa: E402
     read_record,
 )
 from utils.cli import UserError, run_script, script_parser  # noqa: E402
+from utils.config import RECIPES, recipe_config, to_dict  # noqa: E402
 from utils.files import write_atomically  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -46,7 +47,6 @@ PAIRS = {  # in the order to show, with the recipe that is meant for them
     ("synth", "svhn"): "modern",
     ("synth", "optdigits"): "quick",
 }
-RECIPES = ("dann", "paper", "cnn-grl", "quick", "modern")
 METHODS = METHOD_NAMES | {"dann": "**DANN**"}
 OFFICIAL_MARKS = {"svhn": "SVHN", "mnist": "MNIST", "usps": "USPS"}  # what published numbers were measured on
 
@@ -136,7 +136,7 @@ def table_order(run: dict) -> tuple:
 def row_order(run: dict) -> tuple:
     """A row's key, in the order to show: by recipe, the longest schedule first, the methods side by side."""
     recipe, method = run["recipe"], position(run["method"], tuple(METHODS))
-    return position(recipe, RECIPES), recipe, -run["epochs"], setup(run), method
+    return position(recipe, tuple(RECIPES)), recipe, -run["epochs"], setup(run), method
 
 
 def position(item, order: tuple) -> int:
@@ -176,12 +176,15 @@ def with_method(method: str, row: list[dict], table: list[list[dict]]) -> list[d
 
 
 def method_cell(row: list[dict], table: list[list[dict]]) -> str:
-    """Method and recipe, with the settings in which rows of this recipe differ."""
+    """Method and recipe, with those settings in which rows of this recipe differ that are not the recipe's own."""
     run = row[0]
     peers = [settings(other[0]) for other in table if other[0]["recipe"] == run["recipe"]]
     keys = sorted(set().union(*peers))
     varied = [key for key in keys if len({json.dumps(peer.get(key), sort_keys=True) for peer in peers}) > 1]
-    notes = "".join(f", {key} {settings(run).get(key, 'not recorded')}" for key in varied)
+    known = run["recipe"] in RECIPES
+    own = to_dict(recipe_config(run["recipe"], run["source"], run["target"])) if known else {}
+    here = {key: settings(run).get(key, "not recorded") for key in varied}
+    notes = "".join(f", {key} {value}" for key, value in here.items() if key not in own or value != own[key])
     return f"{METHODS[run['method']]} (recipe `{run['recipe']}`{escape(notes)})"
 
 
