@@ -36,7 +36,7 @@ from data_loader import (
     preprocessing_for,
     seed_of,
 )
-from model import CLASSES, DANN, NETWORKS, domain_loss, predicted_target
+from model import CLASSES, DANN, NETWORKS, balancing_weights, domain_loss, predicted_target
 from utils import distributed, machine
 from utils.board import Board
 from utils.checkpoint import load_checkpoint, save_checkpoint, save_weights
@@ -116,11 +116,13 @@ class Losses(nn.Module):
     Args:
         model: the network; its weights are trained.
         config: the settings of the losses count here.
+        labels: all labels of the source, (N,); only `balance_classes` asks for them.
     """
 
-    def __init__(self, model: DANN, config: Config):
+    def __init__(self, model: DANN, config: Config, labels: Tensor | None = None):
         super().__init__()
         self.model, self.config = model, config
+        self.class_weights = balancing_weights(labels) if config.balance_classes else None
 
     def forward(
         self,
@@ -165,7 +167,9 @@ class Losses(nn.Module):
         if config.adversary == "class-wise":  # the domain given the class (MADA, Pei et al. 2018)
             classes = torch.cat((F.one_hot(y_s, CLASSES), q_t))
         d_s, d_t = model.discriminator(torch.cat((f_s, f_t)), lambda_p, classes).split(len(x_s))
-        loss_domain = domain_loss(d_s, 0) + domain_loss(d_t, 1)
+        # Domains whose classes differ in size are misread once they are alike (Tachet des Combes et al. 2020).
+        weights = None if self.class_weights is None else self.class_weights[y_s]
+        loss_domain = domain_loss(d_s, 0, weights) + domain_loss(d_t, 1)
         if config.domain_loss == "mean":
             loss_domain = loss_domain / 2
         hits = torch.cat((~predicted_target(d_s), predicted_target(d_t)))
@@ -201,7 +205,7 @@ class Trainer:
             self.teacher = MeanTeacher(
                 self.model, config.teacher_decay, config.teacher_views, config.alignment, processes
             )
-        self.losses = Losses(self.model, config)
+        self.losses = Losses(self.model, config, pair.labelled.labels.to(device))
         if processes.count > 1:
             # In a warm start and for the bounds the discriminator gets no gradient.
             self.losses = DistributedDataParallel(

@@ -278,15 +278,30 @@ def _initialise_system_a(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def domain_loss(logits: Tensor, domain: int) -> Tensor:
+def domain_loss(logits: Tensor, domain: int, weights: Tensor | None = None) -> Tensor:
     """Mean cross-entropy of a batch that is all of one domain, 0 = source, 1 = target; in nats.
 
-    Shape: (N, 2) or (N, 1) -> ()
+    Args:
+        weights: how much each image counts, with an expectation of 1; None: all alike.
+
+    Shape: (N, 2) or (N, 1), (N,) -> ()
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bf16 is too coarse for a logarithm
     if logits.shape[1] == 1:  # the logistic form, -log sigmoid(±logit)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bf16 is too coarse for a logarithm
-        return F.softplus(logits if domain == 0 else -logits).mean()
-    return F.cross_entropy(logits, logits.new_full((len(logits),), domain, dtype=torch.long))
+        losses = F.softplus(logits if domain == 0 else -logits).squeeze(1)
+    else:
+        losses = F.cross_entropy(logits, logits.new_full((len(logits),), domain, dtype=torch.long), reduction="none")
+    return losses.mean() if weights is None else (weights * losses).mean()
+
+
+def balancing_weights(labels: Tensor) -> Tensor:
+    """The weight of a class's images with which all classes count alike; 1 on average, 0 for a class without images.
+
+    Shape: (N,) -> (10,)
+    """
+    counts = torch.bincount(labels, minlength=CLASSES)
+    present = counts > 0
+    return present * len(labels) / (present.sum() * counts.clamp(min=1))
 
 
 def predicted_target(logits: Tensor) -> Tensor:

@@ -113,6 +113,7 @@ OTHER = {
     "lambda_schedule": ("rise-and-fall", "rise-and-fall"),
     "lambda_update": ("epoch", "epoch"),
     "clip_norm": ("0.75", 0.75),
+    "balance_classes": ("", True),
     "domain_loss": ("mean", "mean"),
     "adversary": ("class-wise", "class-wise"),
     "teacher_decay": ("0.75", 0.75),

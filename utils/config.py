@@ -92,6 +92,10 @@ class Config:
     clip_norm: float = _setting(
         0.0, "gradient reversal", "bound on the whole gradient's l2 norm while reversing; 0: none"
     )
+    balance_classes: bool = _setting(
+        False, "gradient reversal", "in the domain loss the source's classes count alike, not its images",
+        added=True,
+    )  # fmt: skip
     domain_loss: str = _setting(
         "sum", "gradient reversal", "the domains' mean losses are summed (chance: 2·ln 2) or averaged (chance: ln 2)",
         choices=("sum", "mean"),
