@@ -13,6 +13,7 @@ from model import (
     DomainDiscriminator,
     Dropout,
     FeatureExtractor,
+    balancing_weights,
     domain_loss,
     predicted_target,
     reverse_gradient,
@@ -348,6 +349,21 @@ def test_domain_loss_of_one_output():
     # One logit a is two logits (0, a).
     both = torch.cat((torch.zeros_like(column), column), 1)
     assert domain_loss(both, 1).item() == pytest.approx(target, rel=1e-6)
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_domain_loss_of_images_that_count_differently(outputs):
+    logits, weights = torch.tensor([[0.3, -1.2], [2.0, 0.5], [-0.7, 0.9]])[:, -outputs:], torch.tensor([2.0, 0.0, 1.5])
+    for domain in (0, 1):
+        alone = [domain_loss(row[None], domain).item() for row in logits]
+        assert domain_loss(logits, domain, weights).item() == pytest.approx((2 * alone[0] + 1.5 * alone[2]) / 3)
+
+
+def test_balancing_weights_let_the_classes_count_alike():
+    labels = torch.tensor([1, 1, 1, 1, 1, 1, 7, 7, 9, 1])
+    weights = balancing_weights(labels)
+    assert weights.tolist() == pytest.approx([0, 10 / 21, 0, 0, 0, 0, 0, 10 / 6, 0, 10 / 3])
+    assert weights[labels].mean().item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("outputs", [1, 2])

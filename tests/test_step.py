@@ -63,8 +63,9 @@ def random_batch(config: Config, seed: int, dtype) -> tuple[torch.Tensor, torch.
 class ByHand:
     """The step without reversal layer and optimiser: separate gradients, then the update rules as published."""
 
-    def __init__(self, model: nn.Module, config: Config, adapts: bool = True):
+    def __init__(self, model: nn.Module, config: Config, adapts: bool = True, labels=()):
         self.model, self.config, self.adapts = copy.deepcopy(model), config, adapts
+        self.labels = list(map(int, labels))  # of the whole source
         self.step_number, self.first, self.second, self.norms = 0, {}, {}, []  # norms: of each step's whole gradient
 
     def losses(self, x_s, y_s, x_t):
@@ -85,7 +86,13 @@ class ByHand:
             target_s, target_t = d_s[:, 0].sigmoid(), d_t[:, 0].sigmoid()
         else:
             target_s, target_t = d_s.softmax(1)[:, 1], d_t.softmax(1)[:, 1]
-        loss_d = -(1 - target_s).log().mean() - target_t.log().mean()
+        loss_s = -(1 - target_s).log()
+        if self.config.balance_classes:  # each class has a tenth of the whole weight
+            loss_s = sum(
+                loss * len(self.labels) / 10 / self.labels.count(y)
+                for loss, y in zip(loss_s, y_s.tolist(), strict=True)
+            ) / len(y_s)
+        loss_d = loss_s.mean() - target_t.log().mean()
         if self.config.domain_loss == "mean":  # over all images, of which half are of the source
             loss_d = torch.cat(((1 - target_s).log(), target_t.log())).mean().neg()
         right = (target_s < 0.5).sum() + (target_t > 0.5).sum()
@@ -152,6 +159,7 @@ CASES = {
     "paper": PAPER,
     "quick": QUICK,
     "two outputs": dataclasses.replace(SMALL_A, network="system-b", domain_loss="mean"),
+    "balanced": dataclasses.replace(SMALL_A, balance_classes=True),
     "clipped": dataclasses.replace(SMALL_A, clip_norm=1.1),
     "joint batch statistics": dataclasses.replace(QUICK, separate_domains=False, optimizer="sgd", weight_decay=0.0),
 }
@@ -163,7 +171,8 @@ def test_steps_are_those_written_out(case, tmp_path):
     config = CASES[case]
     trainer = make_trainer(config, tmp_path, double=True)
     before = copy.deepcopy(trainer.model.state_dict())
-    by_hand, wrong_sign = ByHand(trainer.model, config), ByHand(trainer.model, config)
+    labels = trainer.pair.labelled.labels
+    by_hand, wrong_sign = (ByHand(trainer.model, config, labels=labels) for _ in range(2))
     for i, (lambda_p, mu_p) in enumerate(STEPS):
         batch = random_batch(config, i, torch.float64)
         loss_label, loss_domain, accuracy, *teaching = trainer.train_step(*batch, lambda_p, mu_p).tolist()
