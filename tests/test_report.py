@@ -146,6 +146,28 @@ def test_gain_needs_the_same_settings(tmp_path):
     assert rows(text, "**DANN** (recipe `dann`)")[0][3] == "–"
 
 
+def test_settings_of_the_reversal_do_not_matter_for_the_gain_unless_a_row_has_the_same(tmp_path):
+    runs = [
+        result(config={"lr": 0.01, "lambda_max": 0.5}, target_correct=8000),
+        result(config={"lr": 0.01}, method="source-only", target_correct=7100),
+    ]
+    assert rows(render(tmp_path, *runs), "**DANN**")[0][3] == "+9.00"
+    runs.append(result(config={"lr": 0.01, "lambda_max": 0.5}, method="source-only", target_correct=7200))
+    assert rows(render(tmp_path, *runs), "**DANN**")[0][3] == "+8.00"
+    runs[1:] = [result(config={"lr": 0.02, "lambda_max": 0.5}, method="source-only")]
+    (tmp_path / "results" / "pair" / "2.json").unlink()
+    assert rows(render(tmp_path, *runs), "**DANN**")[0][3] == "–"
+
+
+def test_gain_compares_the_seeds_that_both_rows_have(tmp_path):
+    bound = {"method": "source-only", "config": {"lr": 0.01}}
+    runs = [result(seed=seed, config={"lr": 0.01}, target_correct=8000 + seed) for seed in (0, 1)]
+    runs += [result(seed=seed, **bound, target_correct=correct) for seed, correct in ((1, 7001), (2, 100))]
+    assert rows(render(tmp_path, *runs), "**DANN**")[0][3] == "+10.00"
+    (tmp_path / "results" / "pair" / "3.json").unlink()
+    assert rows(render(tmp_path, *runs[:2], result(seed=2, **bound)), "**DANN**")[0][3] == "–"
+
+
 def test_gain_is_over_source_only_and_nothing_else(tmp_path):
     text = render(tmp_path, result(), result(method="target-only"))
     assert rows(text, "**DANN** (recipe `dann`)")[0][3] == "–"

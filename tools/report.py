@@ -6,6 +6,7 @@ that differ in their seed and in nothing else.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -33,7 +34,7 @@ from tools.tables import (  # noqa: E402
     read_record,
 )
 from utils.cli import UserError, run_script, script_parser  # noqa: E402
-from utils.config import RECIPES, recipe_config, to_dict  # noqa: E402
+from utils.config import RECIPES, Config, recipe_config, to_dict  # noqa: E402
 from utils.files import write_atomically  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -56,6 +57,8 @@ COUNTS = ("seed", "epochs", "source_correct", "source_total", "target_correct", 
 NUMBERS = ("source_accuracy", "target_accuracy", "seconds")
 # Settings that a result also has at its top; there the precision is the one used, not "auto".
 KEYED = ("source", "target", "method", "recipe", "seed", "epochs", "precision")
+# Settings that only count while the gradient is reversed.
+REVERSAL = frozenset(item.name for item in dataclasses.fields(Config) if item.metadata["group"] == "gradient reversal")
 
 
 def read_result(path: Path) -> dict | None:
@@ -109,11 +112,12 @@ def settings(result: dict) -> dict:
     return {key: value for key, value in result.get("config", {}).items() if key not in KEYED}
 
 
-def setup(result: dict) -> tuple:
-    """What two runs must share, besides data and method, to be compared with each other."""
+def setup(result: dict, but: frozenset = frozenset()) -> tuple:
+    """What two runs must share, besides data and method, to be compared with each other, but for some settings."""
     device = result["device"].split(":")[0]
     sizes = (result["source_total"], result["target_total"])
-    return result["epochs"], device, result["precision"], json.dumps(settings(result), sort_keys=True), sizes
+    shared = {key: value for key, value in settings(result).items() if key not in but}
+    return result["epochs"], device, result["precision"], json.dumps(shared, sort_keys=True), sizes
 
 
 def group(results: list[dict]) -> list[list[list[dict]]]:
@@ -159,20 +163,28 @@ def accuracy_cell(row: list[dict], domain: str) -> str:
 
 
 def gain_cell(row: list[dict], table: list[list[dict]]) -> str:
-    """Points of target accuracy that DANN adds to source-only training with the same settings."""
+    """Points of target accuracy that DANN adds to source-only training that is the same but for the reversal."""
     if row[0]["method"] != "dann":
         return ""
-    plain = with_method("source-only", row, table)
-    if not plain:
+    plain = {run["seed"]: run for run in with_method("source-only", row, table)}
+    pairs = [(run, plain[run["seed"]]) for run in row if run["seed"] in plain]
+    if not pairs:
         return "–"
-    return f"{statistics.mean(percents(row, 'target')) - statistics.mean(percents(plain, 'target')):+.2f}"
+    adapted, not_adapted = (statistics.mean(percents(runs, "target")) for runs in zip(*pairs, strict=True))
+    return f"{adapted - not_adapted:+.2f}"
 
 
 def with_method(method: str, row: list[dict], table: list[list[dict]]) -> list[dict]:
-    """The row of another method with the same recipe and settings; empty where there is none."""
-    wanted = (method, row[0]["recipe"], setup(row[0]))
-    same = (other for other in table if (other[0]["method"], other[0]["recipe"], setup(other[0])) == wanted)
-    return next(same, [])
+    """The row of a bound with the same recipe and settings; empty where there is none.
+
+    Settings of gradient reversal change nothing in a bound: where no row has them all, one that differs there will do.
+    """
+    others = [other for other in table if (other[0]["method"], other[0]["recipe"]) == (method, row[0]["recipe"])]
+    for but in (frozenset(), REVERSAL):
+        for other in others:
+            if setup(other[0], but) == setup(row[0], but):
+                return other
+    return []
 
 
 def method_cell(row: list[dict], table: list[list[dict]]) -> str:
@@ -327,7 +339,8 @@ def footnotes(results: list[dict]) -> str:
     notes = [
         "Accuracies: mean ± sample standard deviation over the seeds, last weights of each run (for one seed "
         "also the counts). Target test labels are read for these numbers only and select nothing.",
-        "Gain: points of target accuracy over the source-only row with the same recipe, epochs and settings. "
+        "Gain: points of target accuracy over source only with the same recipe, epochs, seeds and settings, those of "
+        "gradient reversal aside, which do nothing there. "
         "Seconds: median of a row's runs.",
         "Reported: by the paper (JMLR 17(59), 2016; arXiv 1409.7495), by system A (the PyTorch scripts that "
         "recipe `dann` reproduces) or by system B (the Keras scripts that `cnn-grl` reproduces).",
