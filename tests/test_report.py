@@ -159,6 +159,14 @@ def test_settings_of_the_reversal_do_not_matter_for_the_gain_unless_a_row_has_th
     assert rows(render(tmp_path, *runs), "**DANN**")[0][3] == "–"
 
 
+def test_a_run_that_is_too_old_for_a_setting_did_without(tmp_path):
+    runs = [result(config={"lr": 0.01}), result(seed=1, config={"lr": 0.01, "balance_classes": False})]
+    runs.append(result(seed=2, config={"lr": 0.01, "balance_classes": True}))
+    text = render(tmp_path, *runs)
+    assert rows(text, "**DANN** (recipe `dann`) ")[0][5].startswith("2 seeds")
+    assert rows(text, "**DANN** (recipe `dann`, balance_classes True)")[0][5].startswith("1 seed,")
+
+
 def test_gain_compares_the_seeds_that_both_rows_have(tmp_path):
     bound = {"method": "source-only", "config": {"lr": 0.01}}
     runs = [result(seed=seed, config={"lr": 0.01}, target_correct=8000 + seed) for seed in (0, 1)]

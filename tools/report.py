@@ -57,6 +57,8 @@ COUNTS = ("seed", "epochs", "source_correct", "source_total", "target_correct", 
 NUMBERS = ("source_accuracy", "target_accuracy", "seconds")
 # Settings that a result also has at its top; there the precision is the one used, not "auto".
 KEYED = ("source", "target", "method", "recipe", "seed", "epochs", "precision")
+# Settings that older runs lack, which did without.
+ADDED = {item.name: item.default for item in dataclasses.fields(Config) if item.metadata.get("added")}
 # Settings that only count while the gradient is reversed.
 REVERSAL = frozenset(item.name for item in dataclasses.fields(Config) if item.metadata["group"] == "gradient reversal")
 
@@ -108,8 +110,8 @@ def read_results(folder: Path) -> list[dict]:
 
 
 def settings(result: dict) -> dict:
-    """The hyper-parameters of a run that have no key of their own."""
-    return {key: value for key, value in result.get("config", {}).items() if key not in KEYED}
+    """The hyper-parameters of a run that have no key of their own; what it is too old for as what does without."""
+    return {key: value for key, value in (ADDED | result.get("config", {})).items() if key not in KEYED}
 
 
 def setup(result: dict, but: frozenset = frozenset()) -> tuple:
