@@ -116,13 +116,12 @@ class Losses(nn.Module):
     Args:
         model: the network; its weights are trained.
         config: the settings of the losses count here.
-        labels: all labels of the source, (N,); only `balance_classes` asks for them.
+        class_weights: how much a source image of each class counts in the domain loss, (10,); None: all alike.
     """
 
-    def __init__(self, model: DANN, config: Config, labels: Tensor | None = None):
+    def __init__(self, model: DANN, config: Config, class_weights: Tensor | None = None):
         super().__init__()
-        self.model, self.config = model, config
-        self.class_weights = balancing_weights(labels) if config.balance_classes else None
+        self.model, self.config, self.class_weights = model, config, class_weights
 
     def forward(
         self,
@@ -205,7 +204,8 @@ class Trainer:
             self.teacher = MeanTeacher(
                 self.model, config.teacher_decay, config.teacher_views, config.alignment, processes
             )
-        self.losses = Losses(self.model, config, pair.labelled.labels.to(device))
+        class_weights = balancing_weights(pair.labelled.labels).to(device) if config.balance_classes else None
+        self.losses = Losses(self.model, config, class_weights)
         if processes.count > 1:
             # In a warm start and for the bounds the discriminator gets no gradient.
             self.losses = DistributedDataParallel(

@@ -34,7 +34,7 @@ from tools.tables import (  # noqa: E402
     read_record,
 )
 from utils.cli import UserError, run_script, script_parser  # noqa: E402
-from utils.config import RECIPES, Config, recipe_config, to_dict  # noqa: E402
+from utils.config import ADDED, RECIPES, Config, recipe_config, to_dict  # noqa: E402
 from utils.files import write_atomically  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -57,8 +57,6 @@ COUNTS = ("seed", "epochs", "source_correct", "source_total", "target_correct", 
 NUMBERS = ("source_accuracy", "target_accuracy", "seconds")
 # Settings that a result also has at its top; there the precision is the one used, not "auto".
 KEYED = ("source", "target", "method", "recipe", "seed", "epochs", "precision")
-# Settings that older runs lack, which did without.
-ADDED = {item.name: item.default for item in dataclasses.fields(Config) if item.metadata.get("added")}
 # Settings that only count while the gradient is reversed.
 REVERSAL = frozenset(item.name for item in dataclasses.fields(Config) if item.metadata["group"] == "gradient reversal")
 
@@ -191,14 +189,13 @@ def with_method(method: str, row: list[dict], table: list[list[dict]]) -> list[d
 
 def method_cell(row: list[dict], table: list[list[dict]]) -> str:
     """Method and recipe, with those settings in which rows of this recipe differ that are not the recipe's own."""
-    run = row[0]
+    run, mine = row[0], settings(row[0])
     peers = [settings(other[0]) for other in table if other[0]["recipe"] == run["recipe"]]
     keys = sorted(set().union(*peers))
     varied = [key for key in keys if len({json.dumps(peer.get(key), sort_keys=True) for peer in peers}) > 1]
-    known = run["recipe"] in RECIPES
-    own = to_dict(recipe_config(run["recipe"], run["source"], run["target"])) if known else {}
-    here = {key: settings(run).get(key, "not recorded") for key in varied}
-    notes = "".join(f", {key} {value}" for key, value in here.items() if key not in own or value != own[key])
+    own = to_dict(recipe_config(run["recipe"], run["source"], run["target"])) if run["recipe"] in RECIPES else {}
+    named = [key for key in varied if key not in own or mine.get(key) != own[key]]
+    notes = "".join(f", {key} {mine.get(key, 'not recorded')}" for key in named)
     return f"{METHODS[run['method']]} (recipe `{run['recipe']}`{escape(notes)})"
 
 

@@ -138,6 +138,10 @@ class Config:
     )
 
 
+# Settings that earlier versions did not have, with their defaults, which are to do without.
+ADDED = {item.name: item.default for item in dataclasses.fields(Config) if item.metadata.get("added")}
+
+
 def _paper(source: str, target: str) -> Config:
     """The paper's settings (Ganin et al., JMLR 17(59), 2016, section 5.2.4) for a pair of domains.
 
@@ -339,12 +343,12 @@ def to_dict(config: Config) -> dict:
 def from_dict(values: dict) -> Config:
     """The inverse of `to_dict`; raises UserError when the fields are not those of this version.
 
-    Note: a field that an earlier version did not have takes its default, which is to do without.
+    Note: a field that an earlier version did not have takes its default (`ADDED`).
     """
-    fields = {item.name: item for item in dataclasses.fields(Config)}
+    names = {item.name for item in dataclasses.fields(Config)}
     if isinstance(values, dict):
-        values = {name: item.default for name, item in fields.items() if item.metadata.get("added")} | values
-    if not isinstance(values, dict) or set(values) != set(fields):
-        odd = sorted(fields.keys() ^ set(values)) if isinstance(values, dict) else ["not a mapping"]
+        values = ADDED | values
+    if not isinstance(values, dict) or set(values) != names:
+        odd = sorted(names ^ set(values)) if isinstance(values, dict) else ["not a mapping"]
         raise UserError(f"these settings were saved by another version of this program ({', '.join(odd)}): train again")
     return Config(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
