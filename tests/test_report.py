@@ -391,11 +391,11 @@ def test_costs_of_modern_runs(tmp_path):
     text = render(tmp_path, run(0, 470.0, 90, 140, 230), run(1, 460.0, 80, 150, 250), run(2, 480.0, 100, 160, None))
     (row,) = rows(text, "SVHN → MNIST | 90")
     assert row[1:6] == ["90", "150", "240 (2 of 3)", "470 (480)", "120"]
-    assert row[6:] == ["559,092", "AMD EPYC, 2 cores, 2 threads"]
+    assert row[6:] == ["559,092", "AMD EPYC, 2 cores, bf16, 2 threads"]
     never = [run(seed, 470.0, None, None, None) | {"threads": 1} for seed in range(3)]
     text = render(tmp_path, *never)
     assert "| never | never | never |" in text
-    assert "AMD EPYC, 2 cores, 1 thread |" in text
+    assert "AMD EPYC, 2 cores, bf16, 1 thread |" in text
 
 
 # --- the ablation -----------------------------------------------------------------------------------

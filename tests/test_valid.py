@@ -269,6 +269,11 @@ def expected_counts(run):
     }
 
 
+def test_who_may_read_a_run_may_read_its_weights(run_of_main):
+    modes = {name: (run_of_main / name).stat().st_mode for name in ("model.safetensors", "result.json")}
+    assert modes["model.safetensors"] == modes["result.json"]
+
+
 @pytest.mark.parametrize("file", ["", "model.safetensors", "last.pt"])
 def test_weights_of_a_run_give_its_counts(monkeypatch, capsys, run_of_main, shelf, tiny_data, file):
     found, lines = validate(monkeypatch, capsys, "--weights", run_of_main / file, "--data-dir", tiny_data)
@@ -515,9 +520,12 @@ def test_an_unknown_domain_is_a_usage_error(monkeypatch, capsys):
 # --- what comes with the code -----------------------------------------------------------------------
 
 
-RECORDS = {  # of the numbers that the weights which come with the code were recorded with
+ELSEWHERE = "results/modern/svhn-mnist-elsewhere.json"  # what the default weights read of other domains
+RESULTS = {  # of the runs that the weights which come with the code are from
     "synth-optdigits-quick": "results/synth-optdigits/quick-dann-seed0.json",
-    "svhn-subset-mnist-modern": "results/modern/svhn-mnist-elsewhere.json",
+    "svhn-subset-mnist-modern": "results/svhn-mnist/modern-dann-seed0.json",
+    "mnist-usps-modern": "results/mnist-usps/modern-dann-seed0.json",
+    "synth-svhn-subset-modern": "results/synth-svhn/modern-dann-seed0.json",
 }
 
 
@@ -528,12 +536,19 @@ def run_by_a_reader(*arguments: object) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("weights", RECORDS)
-def test_the_weights_that_come_with_the_code_do_what_their_result_says(weights):
+def recorded(path: str) -> dict:
+    return json.loads((ROOT / path).read_text())
+
+
+@pytest.mark.parametrize(
+    ("weights", "correct"),
+    [
+        ("synth-optdigits-quick", recorded(RESULTS["synth-optdigits-quick"])["target_correct"]),
+        ("svhn-subset-mnist-modern", recorded(ELSEWHERE)["domains"]["optdigits"]["correct"]),
+    ],
+)
+def test_the_weights_that_come_with_the_code_do_what_their_result_says(weights, correct):
     """Another machine may round two images away."""
-    assert RECORDS.keys() == pretrained.read_index()["weights"].keys()
-    record = json.loads((ROOT / RECORDS[weights]).read_text())
-    correct = record["target_correct"] if "target_correct" in record else record["domains"]["optdigits"]["correct"]
     default = weights == pretrained.read_index()["default"]
     found = run_by_a_reader("--domains", "optdigits", *([] if default else ["--weights", weights]))
     assert found["weights"] == weights
@@ -546,7 +561,7 @@ def test_the_weights_that_come_with_the_code_do_what_their_result_says(weights):
 
 def test_texts_give_the_recorded_numbers():
     """What README and model card say of the domains that the default weights have never seen."""
-    record = json.loads((ROOT / RECORDS["svhn-subset-mnist-modern"]).read_text())["domains"]
+    record = recorded(ELSEWHERE)["domains"]
     for path in ("README.md", "pretrained/README.md"):
         text = " ".join((ROOT / path).read_text().split()).replace(" %", "")
         for name in ("usps", "synth", "optdigits"):
@@ -554,18 +569,36 @@ def test_texts_give_the_recorded_numbers():
             assert f"({record[name]['correct']} / {record[name]['total']})" in text, (path, name)
 
 
-def test_the_default_weights_give_the_number_of_their_run(real_data):
-    """`python valid.py --data-dir …` and the result file of SVHN subset → MNIST; another machine may round."""
-    result = json.loads((ROOT / "results/svhn-mnist/modern-dann-seed0.json").read_text())
-    record = json.loads((ROOT / RECORDS["svhn-subset-mnist-modern"]).read_text())["domains"]
+def test_the_model_card_gives_the_number_of_each_run():
+    sections = (ROOT / "pretrained/README.md").read_text().split("\n## ")[1:]
+    cards = {section.split("\n")[0]: " ".join(section.split()) for section in sections}
+    assert cards.keys() == RESULTS.keys() == pretrained.read_index()["weights"].keys()
+    for weights, path in RESULTS.items():
+        result = recorded(path)
+        assert f"`{path}`" in cards[weights]
+        assert f"{100 * result['target_accuracy']:.2f} %" in cards[weights], weights
+        assert f"({result['target_correct']} / {result['target_total']})" in cards[weights], weights
+
+
+@pytest.mark.parametrize("weights", [name for name in RESULTS if name != "synth-optdigits-quick"])
+def test_weights_give_the_numbers_of_their_run(weights, real_data):
+    """`python valid.py --data-dir …` and the result file; another machine may round."""
+    result = recorded(RESULTS[weights])
+    domains = {result["source"]: result["source_correct"], result["target"]: result["target_correct"]}
+    domains.pop("synth", None)  # it would be made in the folder of real data
+    default = weights == pretrained.read_index()["default"]
+    named = [] if default else ["--weights", weights, "--domains", *domains]
+    found = run_by_a_reader("--data-dir", real_data, *named)
+    assert found["weights"] == weights
+    assert list(found["domains"]) == list(domains)
+    for name, correct in domains.items():
+        assert abs(found["domains"][name]["correct"] - correct) <= (3 if name == "svhn" else 5)
+
+
+def test_what_the_default_weights_read_elsewhere_was_recorded_with_the_same_weights():
+    result, record = recorded(RESULTS["svhn-subset-mnist-modern"]), recorded(ELSEWHERE)["domains"]
     assert record["mnist"]["correct"] == result["target_correct"]
     assert record["svhn"]["correct"] == result["source_correct"]
-    found = run_by_a_reader("--data-dir", real_data)
-    assert found["weights"] == "svhn-subset-mnist-modern"
-    assert list(found["domains"]) == ["svhn", "mnist"]
-    for name, least in (("svhn", 3), ("mnist", 5)):
-        assert found["domains"][name]["total"] == record[name]["total"]
-        assert abs(found["domains"][name]["correct"] - record[name]["correct"]) <= least
 
 
 def test_every_entry_of_the_index_can_be_had():

@@ -300,7 +300,7 @@ def cost_table(results: list[dict]) -> str:
                 reached = [reached_cell(row, percent) for percent in ("90", "95", "98")]
                 whole = f"{statistics.median(seconds):,.0f} ({max(seconds):,.0f})"
                 tflop = f"{first['operations'] / 1e12:.0f}"
-                where = f"{first['machine']}, {counted(first['threads'], 'thread')}"
+                where = f"{first['machine']}, {first['precision']}, {counted(first['threads'], 'thread')}"
                 rows.append([pair, *reached, whole, tflop, f"{first['parameters']:,}", escape(where)])
     header = ["`modern`, DANN", "s to 90 %", "95 %", "98 %", "s in all (slowest)", "TFLOP", "parameters", "on"]
     note = "Seconds: median over the seeds, tests included, to the end of the first epoch whose target test accuracy is"

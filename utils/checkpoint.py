@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from utils.cli import UserError
@@ -41,7 +41,7 @@ def save_weights(path: Path, weights: dict[str, Tensor], about: dict) -> None:
     """Write a state dict as safetensors, with `about` (plain values) in the file's metadata."""
     contiguous = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     metadata = {"dann": json.dumps(about, sort_keys=True)}
-    write_atomically(path, lambda file: save_file(contiguous, file, metadata))
+    write_atomically(path, lambda file: file.write_bytes(save(contiguous, metadata)))  # save_file hides it from others
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:

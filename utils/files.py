@@ -6,12 +6,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from utils.cli import UserError
 
-# torch and safetensors wrap what the file system says in errors of their own.
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+WRITE_ERRORS = (OSError, RuntimeError)  # torch.save wraps what the file system says in the latter
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
