@@ -435,6 +435,11 @@ def test_the_ablation_compares_each_variant_with_the_whole_recipe(tmp_path):
     assert found["source only"].endswith("| 80.00 (-18.00) |")
     assert found["no alignment"].endswith("| not run |")
     assert "over the seeds 0, 1, 2" in ablation_report(tmp_path)
+    ablated(tmp_path, "svhn-mnist", "no alignment", 9500, 9500)
+    (row,) = [line for line in ablation_report(tmp_path).splitlines() if line.startswith("| no alignment")]
+    assert "95.00\u00a0±\u00a00.00 (-2.50)" in row, "against seeds 0 and 1 of the whole recipe, 97.50 %"
+    ablated(tmp_path / "one", "svhn-mnist", "everything", 9800)
+    assert "Target test accuracy, %: seed 0;" in ablation_report(tmp_path / "one")
     assert "Runs of 640 steps" in ablation_report(tmp_path)
 
 

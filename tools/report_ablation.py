@@ -39,13 +39,16 @@ def read_ablation(folder: Path) -> dict[str, dict[str, list[dict]]]:
 
 
 def cell(runs: list[dict], whole: list[dict]) -> str:
-    """Mean ± sample standard deviation and, in brackets, the difference to the whole recipe, points."""
+    """Mean ± sample standard deviation; in brackets, points, the difference to the whole recipe with the same seeds."""
     if not runs:
         return "not run"
     values = percents(runs, "target")
     text = mean_and_deviation(values) if len(values) > 1 else f"{values[0]:.2f}"
-    if whole and runs is not whole:
-        text += f" ({statistics.mean(values) - statistics.mean(percents(whole, 'target')):+.2f})"
+    others = {run["seed"]: run for run in whole}
+    both = [(run, others[run["seed"]]) for run in runs if run["seed"] in others and runs is not whole]
+    if both:
+        mine, theirs = (statistics.mean(percents(row, "target")) for row in zip(*both, strict=True))
+        text += f" ({mine - theirs:+.2f})"
     return text
 
 
@@ -67,8 +70,14 @@ def ablation_report(folder: Path) -> str:
     table = markdown_table(header, "ll" + "r" * len(pairs), rows)
     seeds = sorted({run["seed"] for run in runs})
     steps = sorted({run["steps"] for run in runs})
+    which = f"mean ± sample standard deviation over the seeds {listed(seeds)}, of one seed without it"
+    if len(seeds) == 1:
+        which = f"seed {seeds[0]}"
     return (
-        f"{table}\n\nTarget test accuracy, %: mean ± sample standard deviation over the seeds "
-        f"{', '.join(map(str, seeds))}; in brackets the difference to everything on, points. Runs of "
-        f"{' or '.join(map(str, steps))} steps: `python tools/ablation.py` wrote [results/ablation](results/ablation)."
+        f"{table}\n\nTarget test accuracy, %: {which}; in brackets the difference to everything on, points. Runs of "
+        f"{listed(steps)} steps: `python tools/ablation.py` wrote [results/ablation](results/ablation)."
     )
+
+
+def listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
