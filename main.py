@@ -278,7 +278,8 @@ class Trainer:
         with machine.autocast(self.device, self.precision):
             if self.adapts and self.teacher:
                 x_t, weak_t = x_t
-                q_t, x_t = self.teacher.label(weak_t, x_t, config.perturbation if teaches else 0.0)
+                moves = (config.perturbation, config.warp) if teaches else ()
+                q_t, x_t = self.teacher.label(weak_t, x_t, *moves)
             # A tensor, because a compiled step would take each number for a step of its own.
             factor = torch.tensor(lambda_p) if self.compiled else lambda_p
             outcome = self.losses(x_s, y_s, x_t if self.adapts else None, factor, q_t, teaches)
@@ -593,6 +594,7 @@ def configure(
     wants_teacher = {
         "--teacher-weight": config.teacher_weight,
         "--perturbation": config.perturbation,
+        "--warp": config.warp,
         "--adversary class-wise": config.adversary == "class-wise",
     }
     if not config.teacher_decay and any(wants_teacher.values()):

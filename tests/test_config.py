@@ -121,6 +121,7 @@ OTHER = {
     "teacher_weight": ("0.5", 0.5),
     "teacher_start": ("0.35", 0.35),
     "perturbation": ("1.5", 1.5),
+    "warp": ("0.4", 0.4),
     "alignment": ("0.25", 0.25),
     "alignment_until": ("0.6", 0.6),
     "alignment_after": ("0.3", 0.3),
@@ -280,6 +281,8 @@ def test_settings_of_a_run_that_lacks_later_ones_do_without_them():
     [
         ("--recipe quick --teacher-weight 1", "--teacher-weight needs a teacher"),
         ("--recipe quick --perturbation 1", "--perturbation needs a teacher"),
+        ("--recipe quick --warp 0.1", "--warp needs a teacher"),
+        ("--recipe modern --warp -0.1", "--warp must not be negative"),
         (
             "--recipe modern --teacher-decay 0 --teacher-weight 0 --perturbation 0",
             "--adversary class-wise needs a teacher",

@@ -119,6 +119,9 @@ class Config:
     perturbation: float = _setting(
         0.0, "teacher", "l2 norm by which target images move where the teacher reads them worst; 0: none", added=True
     )
+    warp: float = _setting(
+        0.0, "teacher", "l2 norm by which the affine map of a target image moves likewise; 0: none", added=True
+    )
     alignment: float = _setting(
         0.0, "teacher", "how far the class shares of its labels are drawn towards equal ones, 0 to 1", added=True
     )
@@ -307,6 +310,7 @@ def check(config: Config) -> None:
         "teacher_weight",
         "teacher_start",
         "perturbation",
+        "warp",
     )
     for name in positive:
         if not getattr(config, name) > 0:

@@ -37,32 +37,40 @@ class MeanTeacher:
         self.mean = next(model.parameters()).new_full((CLASSES,), 1 / CLASSES)  # of its predictions, a moving average
 
     @torch.no_grad()
-    def label(self, weak: Tensor, strong: Tensor, radius: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Class probabilities of preprocessed target images, and the strongly changed ones moved by `radius` (l2).
+    def label(self, weak: Tensor, strong: Tensor, radius: float = 0.0, warp: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Class probabilities of preprocessed target images, and the strongly changed ones moved and warped.
 
         With both views the probabilities are the mean of those of the weakly and of the strongly changed image: the
         teacher is only sure where it reads the two alike.
 
         An image moves to where the teacher reads it less as it has labelled it (virtual adversarial training, Miyato
         et al., TPAMI 2018). A single gradient gives the direction: it is not zero here, because the label comes not
-        from the view that moves alone.
+        from the view that moves alone. The affine map that warps it moves in the same way, from none on (after Xiao
+        et al., ICLR 2018, who warp each pixel by itself).
+
+        Args:
+            radius: l2 norm of what is added to an image.
+            warp: l2 norm of what is added to the six numbers of its map, which count in halves of the image.
 
         Shape: (N, C, S, S), (N, C, S, S) -> (N, 10) float32, rows sum to 1; (N, C, S, S)
         """
         q = self.model(weak).float().softmax(1)
-        if self.views == "both" or radius:
-            with torch.set_grad_enabled(radius > 0):
-                strong = strong.detach().requires_grad_(radius > 0)
-                logits = self.model(strong).float()
+        moves = radius > 0 or warp > 0
+        if self.views == "both" or moves:
+            with torch.set_grad_enabled(moves):
+                strong = strong.detach().requires_grad_(moves)
+                affine = torch.eye(2, 3).to(strong).repeat(len(strong), 1, 1).requires_grad_(warp > 0)
+                logits = self.model(warped(strong, affine) if warp else strong).float()
             if self.views == "both":
                 q = (q + logits.softmax(1)) / 2
         q = self.align(q)
-        if radius:
+        if moves:
             with torch.enable_grad():
                 loss = F.cross_entropy(logits, q, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, strong)
-            norm = gradient.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None]
-            strong = strong.detach() + radius * gradient / norm
+            upwards, *of_map = torch.autograd.grad(loss, (strong, affine) if warp else strong)
+            strong = strong.detach() + radius * unit(upwards)
+            if warp:
+                strong = warped(strong, affine.detach() + warp * unit(*of_map))
         return q, strong
 
     def align(self, q: Tensor) -> Tensor:
@@ -101,3 +109,15 @@ class MeanTeacher:
         self.model.load_state_dict(state["model"])
         self.mean.copy_(state["mean"])
         self.steps = state["steps"]
+
+
+def unit(x: Tensor) -> Tensor:
+    """Each image's tensor with an l2 norm of 1, or of 0 where it is zero. Shape: (N, ...) -> (N, ...)"""
+    return F.normalize(x.flatten(1), dim=1).view_as(x)
+
+
+def warped(x: Tensor, affine: Tensor) -> Tensor:
+    """Images seen through affine maps, edge pixels going on. Shape: (N, C, S, S), (N, 2, 3) -> (N, C, S, S)"""
+    with torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse for places
+        grid = F.affine_grid(affine, list(x.shape), align_corners=False)
+        return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)

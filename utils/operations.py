@@ -47,7 +47,7 @@ def operations_of_step(config: Config, adapts: bool = True) -> int:
         return 3 * (extractor + classifier) * config.batch_size
     per_pair = 3 * (2 * extractor + 2 * discriminator + classifier)
     if config.teacher_decay:
-        moves = config.perturbation > 0
+        moves = config.perturbation > 0 or config.warp > 0
         passes = 1 + (moves or config.teacher_views == "both") + moves  # of each view, and back to the image alone
         per_pair += 3 * classifier + passes * (extractor + classifier)
     return per_pair * config.batch_size
