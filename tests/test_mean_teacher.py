@@ -134,7 +134,7 @@ def test_the_step_moves_target_images_where_the_teacher_teaches(monkeypatch, tmp
 
 @pytest.mark.parametrize("views", ["weak", "both"])
 def test_the_step_gives_the_teacher_the_views_that_were_asked_for(monkeypatch, tmp_path, views):
-    trainer = make_trainer(dataclasses.replace(MODERN, teacher_views=views), tmp_path)
+    trainer = make_trainer(dataclasses.replace(MODERN, teacher_views=views, perturbation=3.0, warp=0.3), tmp_path)
     assert trainer.teacher.views == views
     labelled = []
     label = trainer.teacher.label
@@ -144,6 +144,8 @@ def test_the_step_gives_the_teacher_the_views_that_were_asked_for(monkeypatch, t
     ((weak, strong),) = labelled  # and nothing by which they move: the teacher does not teach yet
     assert torch.equal(weak, x_t[1])
     assert torch.equal(strong, x_t[0])
+    trainer.train_step(x_s, y_s, x_t, 0.1, 0.01, teaches=True)
+    assert labelled[1][2:] == (trainer.config.perturbation, trainer.config.warp) == (3.0, 0.3)
 
 
 @pytest.mark.parametrize("kappa", [0.5, 1.0])
