@@ -43,9 +43,9 @@ from utils.mean_teacher import MeanTeacher
 label = MeanTeacher.label
 
 
-def label_uneven(self, weak, strong, radius):
+def label_uneven(self, weak, strong, *moves):
     slope = torch.linspace(0, 1e-6, strong[0].numel()).view_as(strong[0])
-    return label(self, weak, strong + slope, radius)
+    return label(self, weak, strong + slope, *moves)
 
 
 MeanTeacher.label = label_uneven
