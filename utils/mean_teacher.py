@@ -58,19 +58,18 @@ class MeanTeacher:
         moves = radius > 0 or warp > 0
         if self.views == "both" or moves:
             with torch.set_grad_enabled(moves):
-                strong = strong.detach().requires_grad_(moves)
-                affine = torch.eye(2, 3).to(strong).repeat(len(strong), 1, 1).requires_grad_(warp > 0)
-                logits = self.model(warped(strong, affine) if warp else strong).float()
+                moved = [strong.detach().requires_grad_(moves)]
+                if warp:
+                    moved.append(torch.eye(2, 3).to(strong).repeat(len(strong), 1, 1).requires_grad_())
+                logits = self.model(warped(*moved)).float()
             if self.views == "both":
                 q = (q + logits.softmax(1)) / 2
         q = self.align(q)
         if moves:
             with torch.enable_grad():
                 loss = F.cross_entropy(logits, q, reduction="sum")
-            upwards, *of_map = torch.autograd.grad(loss, (strong, affine) if warp else strong)
-            strong = strong.detach() + radius * unit(upwards)
-            if warp:
-                strong = warped(strong, affine.detach() + warp * unit(*of_map))
+            changes = map(of_length, torch.autograd.grad(loss, moved), (radius, warp))
+            strong = warped(*(start.detach() + change for start, change in zip(moved, changes, strict=True)))
         return q, strong
 
     def align(self, q: Tensor) -> Tensor:
@@ -111,13 +110,19 @@ class MeanTeacher:
         self.steps = state["steps"]
 
 
-def unit(x: Tensor) -> Tensor:
-    """Each image's tensor with an l2 norm of 1, or of 0 where it is zero. Shape: (N, ...) -> (N, ...)"""
-    return F.normalize(x.flatten(1), dim=1).view_as(x)
+def of_length(x: Tensor, length: float) -> Tensor:
+    """Each image's tensor with that l2 norm, or zero where it is zero. Shape: (N, ...) -> (N, ...)"""
+    norm = x.flatten(1).norm(dim=1).clamp_min(1e-12)
+    return length * x / norm.view(-1, *[1] * (x.ndim - 1))
 
 
-def warped(x: Tensor, affine: Tensor) -> Tensor:
-    """Images seen through affine maps, edge pixels going on. Shape: (N, C, S, S), (N, 2, 3) -> (N, C, S, S)"""
+def warped(x: Tensor, affine: Tensor | None = None) -> Tensor:
+    """Images seen through affine maps, edge pixels going on; None: as they are.
+
+    Shape: (N, C, S, S), (N, 2, 3) -> (N, C, S, S)
+    """
+    if affine is None:
+        return x
     with torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse for places
         grid = F.affine_grid(affine, list(x.shape), align_corners=False)
         return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
