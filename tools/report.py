@@ -27,6 +27,7 @@ from tools.tables import (  # noqa: E402
     METHOD_NAMES,
     code,
     counted,
+    difference,
     escape,
     markdown_table,
     mean_and_deviation,
@@ -166,12 +167,7 @@ def gain_cell(row: list[dict], table: list[list[dict]]) -> str:
     """Points of target accuracy that DANN adds to source-only training that is the same but for the reversal."""
     if row[0]["method"] != "dann":
         return ""
-    plain = {run["seed"]: run for run in with_method("source-only", row, table)}
-    pairs = [(run, plain[run["seed"]]) for run in row if run["seed"] in plain]
-    if not pairs:
-        return "–"
-    adapted, not_adapted = (statistics.mean(percents(runs, "target")) for runs in zip(*pairs, strict=True))
-    return f"{adapted - not_adapted:+.2f}"
+    return difference(row, with_method("source-only", row, table)) or "–"
 
 
 def with_method(method: str, row: list[dict], table: list[list[dict]]) -> list[dict]:

@@ -1,10 +1,9 @@
 """The README's table of the ablation, from the results that tools/ablation.py left."""
 
-import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from tools.tables import escape, markdown_table, mean_and_deviation, percents, read_record
+from tools.tables import difference, escape, markdown_table, mean_and_deviation, percents, read_record
 from utils.cli import UserError
 
 FOLDER = "ablation"
@@ -44,12 +43,8 @@ def cell(runs: list[dict], whole: list[dict]) -> str:
         return "not run"
     values = percents(runs, "target")
     text = mean_and_deviation(values) if len(values) > 1 else f"{values[0]:.2f}"
-    others = {run["seed"]: run for run in whole}
-    both = [(run, others[run["seed"]]) for run in runs if run["seed"] in others and runs is not whole]
-    if both:
-        mine, theirs = (statistics.mean(percents(row, "target")) for row in zip(*both, strict=True))
-        text += f" ({mine - theirs:+.2f})"
-    return text
+    gain = None if runs is whole else difference(runs, whole)
+    return f"{text} ({gain})" if gain else text
 
 
 def ablation_report(folder: Path) -> str:

@@ -15,6 +15,16 @@ def percents(runs: list[dict], domain: str) -> list[float]:
     return [100 * run[f"{domain}_correct"] / run[f"{domain}_total"] for run in runs]
 
 
+def difference(runs: list[dict], others: list[dict]) -> str | None:
+    """Points of target accuracy by which runs are above others, on average over the seeds of both; None without any."""
+    of_seed = {run["seed"]: run for run in others}
+    pairs = [(run, of_seed[run["seed"]]) for run in runs if run["seed"] in of_seed]
+    if not pairs:
+        return None
+    mine, theirs = (statistics.mean(percents(row, "target")) for row in zip(*pairs, strict=True))
+    return f"{mine - theirs:+.2f}"
+
+
 def mean_and_deviation(values: list[float]) -> str:
     """Mean ± sample standard deviation of at least two values."""
     # No-break spaces: a narrow page would otherwise split the number.
