@@ -237,8 +237,10 @@ def _modern(source: str, target: str) -> Config:
         teacher_weight=1.0,
         teacher_start=0.15,
         perturbation=3.0,
+        warp=0.2,
         alignment=1.0,
         alignment_until=0.5,
+        alignment_after=0.5,
         confidence=0.5,
     )
 
