@@ -284,7 +284,7 @@ def test_settings_of_a_run_that_lacks_later_ones_do_without_them():
         ("--recipe quick --warp 0.1", "--warp needs a teacher"),
         ("--recipe modern --warp -0.1", "--warp must not be negative"),
         (
-            "--recipe modern --teacher-decay 0 --teacher-weight 0 --perturbation 0",
+            "--recipe modern --teacher-decay 0 --teacher-weight 0 --perturbation 0 --warp 0",
             "--adversary class-wise needs a teacher",
         ),
         ("--recipe quick --teacher-decay 0.9 --adversary class-wise", "--network modern"),

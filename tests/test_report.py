@@ -10,6 +10,7 @@ import pytest
 from tools import ablation, report
 from tools.report_ablation import VARIANTS, ablation_report
 from utils.cli import UserError
+from utils.config import recipe_config, to_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 README = f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nafter, with {report.BEGIN} in a sentence\n"
@@ -133,6 +134,11 @@ def test_rows_tell_their_settings_apart(tmp_path):
     assert rows(text, "**DANN** (recipe `dann`)"), "0.01 is the recipe's own"
     assert rows(text, "**DANN** (recipe `dann`, lr 0.02)")
     assert rows(text, "**DANN** (recipe `dann`, lr 0.03)")
+
+
+def test_a_row_alone_tells_its_settings_too(tmp_path):
+    text = render(tmp_path, result(recipe="modern", config=to_dict(recipe_config("modern")) | {"warp": 0.0}))
+    assert rows(text, "**DANN** (recipe `modern`, warp 0.0)")
 
 
 def test_settings_that_the_recipe_does_not_know_are_always_named(tmp_path):
@@ -436,7 +442,7 @@ def test_the_ablation_compares_each_variant_with_the_whole_recipe(tmp_path):
     assert found["no alignment"].endswith("| not run |")
     assert "over the seeds 0, 1, 2" in ablation_report(tmp_path)
     ablated(tmp_path, "svhn-mnist", "no alignment", 9500, 9500)
-    (row,) = [line for line in ablation_report(tmp_path).splitlines() if line.startswith("| no alignment")]
+    (row,) = [line for line in ablation_report(tmp_path).splitlines() if line.startswith("| no alignment |")]
     assert "95.00\u00a0±\u00a00.00 (-2.50)" in row, "against seeds 0 and 1 of the whole recipe, 97.50 %"
     ablated(tmp_path / "one", "svhn-mnist", "everything", 9800)
     assert "Target test accuracy, %: seed 0;" in ablation_report(tmp_path / "one")
@@ -461,7 +467,8 @@ def test_an_unknown_variant_is_named(tmp_path):
 
 def test_every_variant_is_one_change_of_the_recipe():
     for name, flags in VARIANTS.items():
-        assert len(flags) in (0, 2)
+        parts = {flag.split("-")[2] for flag in flags[::2]}
+        assert len(parts) == bool(flags), "flags of one part alone, as --alignment and --alignment-after"
         assert (name == "everything") == (not flags)
     assert len(set(VARIANTS.values())) == len(VARIANTS)
 

@@ -184,13 +184,13 @@ def with_method(method: str, row: list[dict], table: list[list[dict]]) -> list[d
 
 
 def method_cell(row: list[dict], table: list[list[dict]]) -> str:
-    """Method and recipe, with those settings in which rows of this recipe differ that are not the recipe's own."""
+    """Method and recipe, with settings that are not the recipe's own; of a recipe that is gone, those that differ."""
     run, mine = row[0], settings(row[0])
     peers = [settings(other[0]) for other in table if other[0]["recipe"] == run["recipe"]]
     keys = sorted(set().union(*peers))
     varied = [key for key in keys if len({json.dumps(peer.get(key), sort_keys=True) for peer in peers}) > 1]
     own = to_dict(recipe_config(run["recipe"], run["source"], run["target"])) if run["recipe"] in RECIPES else {}
-    named = [key for key in varied if key not in own or mine.get(key) != own[key]]
+    named = [key for key in keys if (mine.get(key) != own[key] if key in own else key in varied)]
     notes = "".join(f", {key} {mine.get(key, 'not recorded')}" for key in named)
     return f"{METHODS[run['method']]} (recipe `{run['recipe']}`{escape(notes)})"
 

@@ -18,7 +18,7 @@ VARIANTS = {  # what is off, and the flags that turn it off
     "no alignment": ("--alignment", "0", "--alignment-after", "0"),
     "alignment to the end": ("--alignment-until", "1"),
     "no alignment in the second half": ("--alignment-after", "0"),
-    "no perturbation": ("--perturbation", "0", "--warp", "0"),
+    "no perturbation": ("--perturbation", "0"),
     "no warp": ("--warp", "0"),
     "no label smoothing": ("--label-smoothing", "0"),
     "strong augmentation of all target images": ("--target-strong-share", "1"),
