@@ -34,9 +34,9 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def still(count: int, size: int = 32) -> dict[str, torch.Tensor]:
-    """Draws of `random_appearance` that change nothing: no blur, inversion, background or noise."""
+    """Draws of `random_appearance` that change nothing: no blur, background or noise."""
     return {
-        "numbers": torch.tensor([0.5, 0.9, 0.0, 0.0]).repeat(count, 1),
+        "numbers": torch.tensor([0.5, 0.0, 0.0]).repeat(count, 1),
         "background": torch.randn(count, 1, 4, 4, generator=generator(1)),
         "noise": torch.randn(count, 1, size, size, generator=generator(2)),
     }
@@ -61,16 +61,15 @@ def test_each_number_does_its_own_thing():
 
     draws["numbers"][0, 0] = 1.0  # as blurred as can be
     draws["numbers"][1, 0] = 0.0  # sharpened by as much
-    draws["numbers"][2, 1] = 0.1  # inverted
-    draws["numbers"][3, 2] = 1.0  # background
-    draws["numbers"][4, 3] = 1.0  # noise
+    draws["numbers"][3, 1] = 1.0  # background
+    draws["numbers"][4, 2] = 1.0  # noise
     out = random_appearance(x, draws)
     row = np.array([1, 4, 6, 4, 1]) / 16
     blurred = np.stack([convolve(image[0].numpy(), np.outer(row, row), mode="nearest") for image in z[:2]])[:, None]
     blurred = torch.from_numpy(blurred)
     torch.testing.assert_close(out[:1], standardise(blurred[:1]), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(out[1:2], standardise(2 * z[1:2] - blurred[1:2]), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(out[2], -z[2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out[2], z[2], rtol=1e-4, atol=1e-5)
     smooth = torch.nn.functional.interpolate(draws["background"][3:4], (32, 32), mode="bicubic", align_corners=False)
     torch.testing.assert_close(out[3:4], standardise(z[3:4] + 0.8 * smooth), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(out[4:5], standardise(z[4:5] + 0.2 * draws["noise"][4:5]), rtol=1e-3, atol=1e-4)
@@ -153,7 +152,7 @@ def test_neighbours_come_from_the_whole_set_and_are_warped_with_the_image():
 
 
 def test_some_images_can_be_left_without_strong_changes():
-    """They get affine changes of their own bounds, neighbours and erasing, as many as the others."""
+    """They get affine changes of their own bounds, neighbours, inversion and erasing, as many as the others."""
     x, others = pictures(400), pictures(800).view(400, 2, 1, 32, 32)
     draws = draw("strong", 400, 32, generator(), strong_share=0.25)
     strong = draws["strong"]
@@ -169,7 +168,7 @@ def test_some_images_can_be_left_without_strong_changes():
     out = augment(x, draws, others)
     all_strong = augment(x, draws | {"strong": torch.ones_like(strong)}, others)
     assert torch.equal(out[strong], all_strong[strong])
-    mild = standardise(augment(x, {name: draws[name] for name in ("affine", "neighbours")}, others))
+    mild = standardise(augment(x, {name: draws[name] for name in ("affine", "inverted", "neighbours")}, others))
     mild = standardise(random_erasing(mild, draws["erasing"]))
     torch.testing.assert_close(out[~strong], mild[~strong])
     assert (all_strong - mild).abs().amax((1, 2, 3)).min() > 0.1
@@ -185,6 +184,21 @@ def test_strong_images_are_standardised_and_all_different():
     assert len(torch.unique(out.flatten(1), dim=0)) == 300
     inverted = (out * x).mean((1, 2, 3)) < 0
     assert 0.3 < inverted.float().mean() < 0.7
+
+
+@pytest.mark.parametrize("augmentation", ["mild", "strong"])
+def test_inversion_is_all_that_is_drawn_for_it(augmentation):
+    """An image that is inverted is the negative of what it is without; a strong one so far as noise and bars let it."""
+    x, others = pictures(200), pictures(400).view(200, 2, 1, 32, 32)
+    draws = draw(augmentation, 200, 32, generator())
+    if augmentation == "strong":
+        draws["numbers"][:, 1:] = 0.0  # no background and no noise
+        draws["erasing"][:, 0] = 1.0  # nothing erased
+    inverted = draws["inverted"]
+    out, upright = augment(x, draws, others), augment(x, draws | {"inverted": torch.zeros_like(inverted)}, others)
+    torch.testing.assert_close(out[inverted], -upright[inverted], rtol=1e-4, atol=1e-4)
+    assert torch.equal(out[~inverted], upright[~inverted])
+    assert 70 < inverted.sum() < 130
 
 
 def test_elastic_displacements_move_pixels_by_what_was_drawn():
@@ -260,17 +274,20 @@ def test_the_two_views_show_the_same_images(monkeypatch):
 
 @pytest.mark.parametrize("first_step", [0, 3])
 def test_strong_augmentation_gives_way_to_mild(first_step, monkeypatch):
-    """Mild squares keep their two values and the order of these; noise, inversion and background do not."""
+    """Mild squares keep their two values; noise and background do not leave them. Weak ones keep their order too."""
     monkeypatch.setattr("utils.augmentation.NEIGHBOURS", 0.0)
     digits = squares()
     loader = PairedLoader(digits, digits.images, 6, 0, Preprocessing(32, "unit", grey=True), "strong", two_views=True)
 
     def plain(x: torch.Tensor) -> bool:
         middle, corner = x[:, :, 16, 16], x[:, :, 0, 0]
-        whole = torch.allclose(middle, x.amax((2, 3))) and torch.allclose(corner, x.amin((2, 3)))
-        return whole and bool((middle - corner > 0.999).all())  # the two values lie further apart once standardised
+        low, high = torch.stack((middle, corner)).aminmax(dim=0)
+        whole = torch.allclose(high, x.amax((2, 3))) and torch.allclose(low, x.amin((2, 3)))
+        return whole and bool((high - low > 0.999).all())  # the two values lie further apart once standardised
 
-    kinds = [(plain(x_s), plain(x_t[0]), plain(x_t[1])) for x_s, _, x_t in loader.epoch(0, first_step, 2.5)]
+    batches = list(loader.epoch(0, first_step, 2.5))
+    assert all((weak[:, :, 16, 16] > weak[:, :, 0, 0]).all() for _, _, (_, weak) in batches)
+    kinds = [(plain(x_s), plain(x_t[0]), plain(x_t[1])) for x_s, _, x_t in batches]
     assert kinds == ([(False, False, True)] * 3 + [(True, True, True)])[first_step:]
     assert all(plain(x_s) for x_s, _, _ in loader.epoch(0, 0, -4))
     assert not any(plain(x_s) for x_s, _, _ in loader.epoch(0, 0, 4))
@@ -283,9 +300,10 @@ def test_strong_augmentation_gives_way_to_mild(first_step, monkeypatch):
 
 
 def test_mild_changes_are_those_of_images_that_do_not_change_strongly():
-    """Of the bounds of MILD, scales as likely to shrink as to grow, and neighbours; nothing else."""
+    """Of the bounds of MILD, scales as likely to shrink as to grow, inversion and neighbours; nothing else."""
     draws = draw("mild", 3000, 32, generator())
-    assert set(draws) == {"affine", "others", "neighbours"}
+    assert set(draws) == {"affine", "inverted", "others", "neighbours"}
+    assert draws["inverted"].float().mean() == pytest.approx(0.5, abs=0.03)
     drawn = draws["affine"]
     drawn[:, 2:4] = (1 + drawn[:, 2:4]).log()
     assert drawn.abs().amax(0).tolist() == pytest.approx(MILD, rel=0.01)

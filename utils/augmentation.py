@@ -29,9 +29,9 @@ def draw(augmentation: str, count: int, size: int, generator: torch.Generator, s
     """What `augment` needs for `count` images of `size` × `size` pixels.
 
     Args:
-        augmentation: "none"; "affine"; "weak", affine with narrow bounds, for a teacher; "mild", neighbours and affine
-            with the bounds of MILD; "strong", neighbours, affine with the bounds of STRONG, elastic, appearance and
-            erasing.
+        augmentation: "none"; "affine"; "weak", affine with narrow bounds, for a teacher; "mild", neighbours, affine
+            with the bounds of MILD, and inversion; "strong", neighbours, affine with the bounds of STRONG, elastic,
+            inversion, appearance and erasing.
         strong_share: of the images that "strong" changes, 0 to 1; the others get what is mild, and erasing.
     """
     if augmentation == "none":
@@ -50,11 +50,12 @@ def draw(augmentation: str, count: int, size: int, generator: torch.Generator, s
             **appearance_draws(count, size, generator),
         }
     affine[:, 2:4] = affine[:, 2:4].expm1()  # a scale of 1 + x, drawn as its logarithm
-    return {"affine": affine, **neighbour_draws(count, generator), **more}
+    inverted = torch.rand(count, device=generator.device, generator=generator) < 0.5
+    return {"affine": affine, "inverted": inverted, **neighbour_draws(count, generator), **more}
 
 
 def augment(x: Tensor, draws: Draws, others: Tensor | None = None) -> Tensor:
-    """Change images as drawn; appearance leaves the range. `others` are the `neighbours` of each, where it has some.
+    """Change images as drawn; some changes leave the range. `others` are the `neighbours` of each, where it has some.
 
     Shape: (N, C, S, S) in [0, 1], (N, 2, C, S, S) in [0, 1] -> (N, C, S, S)
     """
@@ -63,6 +64,8 @@ def augment(x: Tensor, draws: Draws, others: Tensor | None = None) -> Tensor:
     if others is not None:
         x = add_neighbours(standardise(x), [standardise(other) for other in others.unbind(1)], draws["neighbours"])
     x = random_warp(x, draws["affine"], draws.get("elastic"))
+    if "inverted" in draws:
+        x = torch.where(draws["inverted"].view(-1, 1, 1, 1), -x, x)
     if "strong" in draws:
         x = torch.where(draws["strong"].view(-1, 1, 1, 1), random_appearance(x, draws), standardise(x))
         x = standardise(random_erasing(x, draws["erasing"]))
@@ -146,25 +149,24 @@ def appearance_draws(count: int, size: int, generator: torch.Generator) -> Draws
     """What `random_appearance` needs for `count` images of `size` × `size` pixels. Shape: images first in each."""
     device = generator.device
     return {
-        "numbers": torch.rand(count, 4, device=device, generator=generator),
+        "numbers": torch.rand(count, 3, device=device, generator=generator),
         "background": torch.randn(count, 1, 4, 4, device=device, generator=generator),
         "noise": torch.randn(count, 1, size, size, device=device, generator=generator),
     }
 
 
 def random_appearance(x: Tensor, draws: Draws) -> Tensor:
-    """Blur or sharpen, invert, and add a smooth background and noise.
+    """Blur or sharpen, and add a smooth background and noise.
 
     Amplitudes count in standard deviations of the image, which comes out with zero mean and unit variance.
 
     Shape: (N, C, S, S) -> (N, C, S, S)
     """
     size = x.shape[-1]
-    sharpness, invert, amplitude, grain = draws["numbers"].view(len(x), 4, 1, 1, 1).unbind(1)
+    sharpness, amplitude, grain = draws["numbers"].view(len(x), 3, 1, 1, 1).unbind(1)
     x = standardise(x)
     # −1 … 1: half of the images are blurred, up to wholly, the others sharpened by as much.
     x = x + (2 * sharpness - 1) * (blur(x) - x)
-    x = torch.where(invert < 0.5, -x, x)
     background = F.interpolate(draws["background"], (size, size), mode="bicubic", align_corners=False)
     x = x + (1.1 * amplitude - 0.3).clamp_min(0) * background + 0.2 * grain * draws["noise"]
     return standardise(x)
