@@ -66,8 +66,11 @@ def test_operations_of_a_step_with_a_teacher():
     config = recipe_config("modern")
     extractor, classifier, discriminator = benchmark.operations(config).values()
     student = 2 * (extractor + classifier + discriminator)
-    for views, perturbation, answers in (("weak", 0.0, 1), ("both", 0.0, 2), ("weak", 3.0, 3), ("both", 3.0, 3)):
-        config = dataclasses.replace(config, teacher_views=views, perturbation=perturbation)
+    for views, moves, answers in (("weak", 0.0, 1), ("both", 0.0, 2), ("weak", 3.0, 3), ("both", 3.0, 3)):
+        config = dataclasses.replace(config, teacher_views=views, perturbation=moves, warp=0.0)
+        assert not moves or benchmark.operations_of_step(config) == benchmark.operations_of_step(
+            dataclasses.replace(config, perturbation=0.0, warp=0.2)
+        )
         expected = config.batch_size * (3 * student + answers * (extractor + classifier))
         assert benchmark.operations_of_step(config) == expected
 
