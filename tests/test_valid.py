@@ -524,6 +524,7 @@ ELSEWHERE = "results/modern/svhn-mnist-elsewhere.json"  # what the default weigh
 RESULTS = {  # of the runs that the weights which come with the code are from
     "synth-optdigits-quick": "results/synth-optdigits/quick-dann-seed0.json",
     "svhn-subset-mnist-modern": "results/svhn-mnist/modern-dann-seed0.json",
+    "mnist-svhn-subset-modern": "results/mnist-svhn/modern-dann-seed0.json",
     "mnist-usps-modern": "results/mnist-usps/modern-dann-seed0.json",
     "synth-svhn-subset-modern": "results/synth-svhn/modern-dann-seed0.json",
 }
