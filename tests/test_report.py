@@ -391,13 +391,17 @@ def test_the_repository_readme_shows_the_repository_results():
 def test_costs_of_modern_runs(tmp_path):
     def run(seed, seconds, *reached):
         times = dict(zip(("90", "95", "98"), reached, strict=True))
-        more = {"operations": 1.2e14, "parameters": 559092, "threads": 2, "seconds_to": times}
+        more = {"operations": 1.2e14, "parameters": 559092, "threads": 2, "seconds_to": times, "config": own}
         return result(recipe="modern", seed=seed, seconds=seconds, **more)
+
+    own = to_dict(recipe_config("modern"))
 
     text = render(tmp_path, run(0, 470.0, 90, 140, 230), run(1, 460.0, 80, 150, 250), run(2, 480.0, 100, 160, None))
     (row,) = rows(text, "SVHN → MNIST | 90")
     assert row[1:6] == ["90", "150", "240 (2 of 3)", "470 (480)", "120"]
     assert row[6:] == ["559,092", "AMD EPYC, 2 cores, bf16, 2 threads"]
+    own = own | {"warp": 0.0}
+    assert rows(render(tmp_path, run(0, 470.0, 90, 140, 230)), "SVHN → MNIST, warp 0.0 | 90")
     never = [run(seed, 470.0, None, None, None) | {"threads": 1} for seed in range(3)]
     text = render(tmp_path, *never)
     assert "| never | never | never |" in text

@@ -184,15 +184,19 @@ def with_method(method: str, row: list[dict], table: list[list[dict]]) -> list[d
 
 
 def method_cell(row: list[dict], table: list[list[dict]]) -> str:
-    """Method and recipe, with settings that are not the recipe's own; of a recipe that is gone, those that differ."""
+    """Method and recipe, with its `unusual_settings`."""
+    return f"{METHODS[row[0]['method']]} (recipe `{row[0]['recipe']}`{unusual_settings(row, table)})"
+
+
+def unusual_settings(row: list[dict], table: list[list[dict]]) -> str:
+    """Those that are not the recipe's own, each after a comma; of a recipe that is gone, those that rows differ in."""
     run, mine = row[0], settings(row[0])
     peers = [settings(other[0]) for other in table if other[0]["recipe"] == run["recipe"]]
     keys = sorted(set().union(*peers))
     varied = [key for key in keys if len({json.dumps(peer.get(key), sort_keys=True) for peer in peers}) > 1]
     own = to_dict(recipe_config(run["recipe"], run["source"], run["target"])) if run["recipe"] in RECIPES else {}
     named = [key for key in keys if (mine.get(key) != own[key] if key in own else key in varied)]
-    notes = "".join(f", {key} {mine.get(key, 'not recorded')}" for key in named)
-    return f"{METHODS[run['method']]} (recipe `{run['recipe']}`{escape(notes)})"
+    return escape("".join(f", {key} {mine.get(key, 'not recorded')}" for key in named))
 
 
 def runs_cell(row: list[dict]) -> str:
@@ -293,6 +297,7 @@ def cost_table(results: list[dict]) -> str:
             if first["method"] == "dann":
                 seconds = [run["seconds"] for run in row]
                 pair = f"{escape(first['source_mark'])} → {escape(first['target_mark'])}"
+                pair += unusual_settings(row, table)
                 reached = [reached_cell(row, percent) for percent in ("90", "95", "98")]
                 whole = f"{statistics.median(seconds):,.0f} ({max(seconds):,.0f})"
                 tflop = f"{first['operations'] / 1e12:.0f}"
