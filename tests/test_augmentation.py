@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import convolve
+from scipy.ndimage import gaussian_filter
 
 from data_loader import DigitSet, PairedLoader, Preprocessing
 from tests.test_step import make_trainer
@@ -46,6 +46,15 @@ def pictures(count: int, size: int = 32) -> torch.Tensor:
     return torch.rand(count, 1, size, size, generator=generator(3))
 
 
+def gaussian(x: torch.Tensor, deviation: float) -> torch.Tensor:
+    """scipy's Gaussian blur, in which what lies outside the image does not count."""
+    total, share = (
+        gaussian_filter(part, (0, 0, deviation, deviation), mode="constant", truncate=20)
+        for part in (x.double().numpy(), np.ones(x.shape))
+    )
+    return torch.from_numpy(total / share).float()
+
+
 def squares() -> DigitSet:
     """24 times a white square on black."""
     images = torch.zeros(24, 1, 32, 32, dtype=torch.uint8)
@@ -60,15 +69,13 @@ def test_each_number_does_its_own_thing():
     torch.testing.assert_close(random_appearance(x, draws), z, rtol=1e-4, atol=1e-5)
 
     draws["numbers"][0, 0] = 1.0  # as blurred as can be
-    draws["numbers"][1, 0] = 0.0  # sharpened by as much
+    draws["numbers"][1, 0] = 0.0  # as sharp as can be
     draws["numbers"][3, 1] = 1.0  # background
     draws["numbers"][4, 2] = 1.0  # noise
     out = random_appearance(x, draws)
-    row = np.array([1, 4, 6, 4, 1]) / 16
-    blurred = np.stack([convolve(image[0].numpy(), np.outer(row, row), mode="nearest") for image in z[:2]])[:, None]
-    blurred = torch.from_numpy(blurred)
-    torch.testing.assert_close(out[:1], standardise(blurred[:1]), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(out[1:2], standardise(2 * z[1:2] - blurred[1:2]), rtol=1e-3, atol=1e-4)
+    blurred, soft = gaussian(z[:1], 2.2), gaussian(z[1:2], 1.0)
+    torch.testing.assert_close(out[:1], standardise(blurred), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(out[1:2], standardise(2 * z[1:2] - soft), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(out[2], z[2], rtol=1e-4, atol=1e-5)
     smooth = torch.nn.functional.interpolate(draws["background"][3:4], (32, 32), mode="bicubic", align_corners=False)
     torch.testing.assert_close(out[3:4], standardise(z[3:4] + 0.8 * smooth), rtol=1e-3, atol=1e-4)
@@ -220,10 +227,17 @@ def test_a_blank_image_stays_blank():
     assert torch.equal(standardise(torch.full((2, 1, 8, 8), 0.25)), torch.zeros(2, 1, 8, 8))
 
 
-def test_blur_keeps_each_channel_to_itself():
-    x = torch.rand(2, 3, 9, 9, generator=generator())
-    torch.testing.assert_close(blur(x)[:, 1:2], blur(x[:, 1:2]))
-    torch.testing.assert_close(blur(torch.full((1, 3, 9, 9), 0.3)), torch.full((1, 3, 9, 9), 0.3))
+def test_blur_is_drawn_between_its_bounds_and_of_each_channel_by_itself():
+    draws, x = still(3), pictures(3)
+    draws["numbers"][:, 0] = torch.tensor([0.5001, 0.75, 1.0])  # on a logarithmic scale
+    for image, out, deviation in zip(x, random_appearance(x, draws), (0.4, math.sqrt(0.4 * 2.2), 2.2), strict=True):
+        expected = standardise(gaussian(standardise(image[None]), deviation))
+        torch.testing.assert_close(out[None], expected, rtol=1e-2, atol=1e-2)
+
+    colours, deviation = torch.rand(2, 3, 9, 9, generator=generator()), torch.tensor([0.5, 2.0]).view(2, 1, 1, 1)
+    torch.testing.assert_close(blur(colours, deviation)[:, 1:2], blur(colours[:, 1:2], deviation))
+    even = torch.full((2, 3, 9, 9), 0.3)
+    torch.testing.assert_close(blur(even, deviation), even)
 
 
 def test_the_weak_view_moves_less():

@@ -16,6 +16,7 @@ AFFINE = (15 * torch.pi / 180, 0.15, 0.15, 0.15, 0.125, 0.125)
 STRONG = (15 * torch.pi / 180, 0.20, 0.50, 0.30, 0.050, 0.050)  # small shifts: digits that fill the image stay in it
 MILD = (15 * torch.pi / 180, 0.15, 0.40, 0.20, 0.100, 0.100)
 WEAK = tuple(0.3 * bound for bound in AFFINE)
+BLUR = (0.4, 2.2)  # the least and the largest standard deviation, pixels; small pictures are no sharper when enlarged
 ELASTIC = 0.12  # the largest deviation of the elastic displacements, of half the image's size
 
 # Random erasing: how often, the least and the largest share of the area, how much longer than wide at most, and from
@@ -165,8 +166,11 @@ def random_appearance(x: Tensor, draws: Draws) -> Tensor:
     size = x.shape[-1]
     sharpness, amplitude, grain = draws["numbers"].view(len(x), 3, 1, 1, 1).unbind(1)
     x = standardise(x)
-    # −1 … 1: half of the images are blurred, up to wholly, the others sharpened by as much.
-    x = x + (2 * sharpness - 1) * (blur(x) - x)
+    # −1 … 1: half of the images are blurred, as far as drawn, the others sharpened by up to what one pixel takes.
+    sharpness = 2 * sharpness - 1
+    near, far = BLUR
+    softer = blur(x, torch.where(sharpness > 0, near * (far / near) ** sharpness, 1.0))
+    x = torch.where(sharpness > 0, softer, x + sharpness * (softer - x))
     background = F.interpolate(draws["background"], (size, size), mode="bicubic", align_corners=False)
     x = x + (1.1 * amplitude - 0.3).clamp_min(0) * background + 0.2 * grain * draws["noise"]
     return standardise(x)
@@ -193,11 +197,15 @@ def random_erasing(x: Tensor, numbers: Tensor) -> Tensor:
     return torch.where(erased, extreme, x)
 
 
-def blur(x: Tensor) -> Tensor:
-    """Each pixel's binomial average over 5 × 5. Shape: (N, C, H, W) -> (N, C, H, W)"""
-    row = x.new_tensor([1, 4, 6, 4, 1]) / 16
-    kernel = (row[:, None] * row).expand(x.shape[1], 1, 5, 5)
-    return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), kernel, groups=x.shape[1])
+def blur(x: Tensor, deviation: Tensor) -> Tensor:
+    """Gaussian blur; `deviation` is how far, in pixels, of each image. What lies outside does not count.
+
+    Shape: (N, C, S, S), (N, 1, 1, 1) > 0 -> (N, C, S, S)
+    """
+    pixel = torch.arange(x.shape[-1], device=x.device)
+    kernel = ((pixel[:, None] - pixel).square() / (-2 * deviation.square())).exp()
+    kernel = kernel / kernel.sum(-1, keepdim=True)
+    return kernel @ x @ kernel.mT
 
 
 def standardise(x: Tensor) -> Tensor:
