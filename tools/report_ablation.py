@@ -14,6 +14,7 @@ VARIANTS = {  # what is off, and the flags that turn it off
     "plain reversal": ("--adversary", "marginal"),
     "reversal as strong to the end": ("--lambda-schedule", "rising"),
     "no teacher labels": ("--teacher-weight", "0"),
+    "neither teacher labels nor reversal": ("--teacher-weight", "0", "--lambda-max", "0"),
     "one view for the teacher": ("--teacher-views", "weak"),
     "no alignment": ("--alignment", "0", "--alignment-after", "0"),
     "alignment to the end": ("--alignment-until", "1"),
