@@ -526,6 +526,7 @@ RESULTS = {  # of the runs that the weights which come with the code are from
     "svhn-subset-mnist-modern": "results/svhn-mnist/modern-dann-seed0.json",
     "mnist-svhn-subset-modern": "results/mnist-svhn/modern-dann-seed0.json",
     "mnist-usps-modern": "results/mnist-usps/modern-dann-seed0.json",
+    "usps-mnist-modern": "results/usps-mnist/modern-dann-seed0.json",
     "synth-svhn-subset-modern": "results/synth-svhn/modern-dann-seed0.json",
 }
 
