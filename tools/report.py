@@ -14,6 +14,7 @@ import re
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
@@ -113,12 +114,15 @@ def settings(result: dict) -> dict:
     return {key: value for key, value in (ADDED | result.get("config", {})).items() if key not in KEYED}
 
 
+def training(result: dict, but: frozenset = frozenset()) -> tuple:
+    """What two runs on whatever machine must share, besides data and method, to be the same training."""
+    shared = {key: value for key, value in settings(result).items() if key not in but}
+    return result["epochs"], json.dumps(shared, sort_keys=True), (result["source_total"], result["target_total"])
+
+
 def setup(result: dict, but: frozenset = frozenset()) -> tuple:
     """What two runs must share, besides data and method, to be compared with each other, but for some settings."""
-    device = result["device"].split(":")[0]
-    sizes = (result["source_total"], result["target_total"])
-    shared = {key: value for key, value in settings(result).items() if key not in but}
-    return result["epochs"], device, result["precision"], json.dumps(shared, sort_keys=True), sizes
+    return result["device"].split(":")[0], result["precision"], *training(result, but)
 
 
 def group(results: list[dict]) -> list[list[list[dict]]]:
@@ -170,15 +174,15 @@ def gain_cell(row: list[dict], table: list[list[dict]]) -> str:
     return difference(row, with_method("source-only", row, table)) or "–"
 
 
-def with_method(method: str, row: list[dict], table: list[list[dict]]) -> list[dict]:
-    """The row of a bound with the same recipe and settings; empty where there is none.
+def with_method(method: str, row: list[dict], table: list[list[dict]], shared: Callable = setup) -> list[dict]:
+    """The row of a bound with the same recipe and `shared`; empty where there is none.
 
     Settings of gradient reversal change nothing in a bound: where no row has them all, one that differs there will do.
     """
     others = [other for other in table if (other[0]["method"], other[0]["recipe"]) == (method, row[0]["recipe"])]
     for but in (frozenset(), REVERSAL):
         for other in others:
-            if setup(other[0], but) == setup(row[0], but):
+            if shared(other[0], but) == shared(row[0], but):
                 return other
     return []
 
@@ -270,22 +274,32 @@ def pair_table(table: list[list[dict]], reported: list[dict], home: Path) -> str
 
 
 def modern_remarks(table: list[list[dict]]) -> list[str]:
-    """Of DANN with the recipe `modern`: its worst seed, and how much of the gap between the bounds it closes."""
+    """Of DANN with `modern`, on all machines: mean, worst seed, and how much of the gap between bounds it closes."""
     remarks = []
-    for row in table:
+    rows = joined(table)
+    for row in rows:
         if (row[0]["recipe"], row[0]["method"]) != ("modern", "dann"):
             continue
         values = percents(row, "target")
         if len(values) > 1:
-            remarks.append(f"Worst of {len(values)} seeds with `modern`: {min(values):.2f} %")
-        lower = [other for other in table if (other[0]["recipe"], other[0]["method"]) == ("paper", "source-only")]
-        upper = with_method("target-only", row, table)
+            runs = f"Over {len(values)} runs with `modern`{unusual_settings(row, table)}"
+            remarks.append(f"{runs}: {mean_and_deviation(values)} % of the target, the worst {min(values):.2f} %")
+        lower = [other for other in rows if (other[0]["recipe"], other[0]["method"]) == ("paper", "source-only")]
+        upper = with_method("target-only", row, rows, training)
         if len(lower) == 1 and upper:
-            low, high = (statistics.mean(percents(rows, "target")) for rows in (*lower, upper))
+            low, high = (statistics.mean(percents(bound, "target")) for bound in (*lower, upper))
             share = (statistics.mean(values) - low) / (high - low)
             bounds = "source only with `paper` and trained on target with `modern`"
             remarks.append(f"It closes {100 * share:.1f} % of the gap between {bounds}")
     return remarks
+
+
+def joined(table: list[list[dict]]) -> list[list[dict]]:
+    """The rows of a table, those as one that differ in device and precision alone."""
+    rows = defaultdict(list)
+    for row in table:
+        rows[row[0]["recipe"], row[0]["method"], training(row[0])] += row
+    return list(rows.values())
 
 
 def cost_table(results: list[dict]) -> str:
