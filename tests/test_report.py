@@ -418,29 +418,39 @@ def ablated(folder: Path, pair: str, variant: str, *correct: int) -> None:
         write(folder / "ablation" / pair / f"{variant.replace(' ', '-')}-seed{seed}.json", values)
 
 
-def test_the_worst_seed_and_the_share_of_the_gap_of_modern(tmp_path):
+def test_modern_at_a_glance_and_the_share_of_the_gap(tmp_path):
     """From 30 % (source only, recipe paper) to 90 % (trained on target), 81 and 87 % close 54 of 60 points."""
     own = to_dict(recipe_config("modern"))
     counts = enumerate((8100, 8700))
     modern = [result(recipe="modern", seed=seed, target_correct=count, config=own) for seed, count in counts]
-    remark = "Over 2 runs with `modern`: 84.00\u00a0±\u00a04.24 % of the target, the worst 81.00 %."
-    assert remark in render(tmp_path, *modern)
-    assert "the worst" not in render(tmp_path / "one", modern[0])
     bounds = [
         result(recipe="paper", method="source-only", epochs=5, target_correct=3000),
         result(recipe="modern", method="target-only", target_correct=9000, config=own),
     ]
+    closes = "`modern` closes 90.0 % of the gap between source only with `paper` and trained on target with `modern`"
+    start = "SVHN → MNIST | not run"
+
+    text = render(tmp_path / "one", modern[0])
+    assert rows(text, start)[0][1:] == [
+        "not run", "81.00 (8100 / 10000)", "81.00", "99.0, worst 98.7", "not run", "1 run",
+    ]  # fmt: skip
     text = render(tmp_path / "both", *modern, *bounds)
-    assert "closes 90.0 % of the gap between source only with `paper` and trained on target with `modern`" in text
+    glance = ["not run", "84.00 ± 4.24", "81.00", "99.0, worst 98.7", "90.00 (9000 / 10000)", "2 runs"]
+    assert rows(text, start)[0][1:] == glance
+    assert closes in text
+    # Precisions have rows of their own; the glance and the gap are of all runs.
+    text = render(tmp_path / "precisions", modern[0] | {"precision": "fp32"}, modern[1], *bounds)
+    assert rows(text, start)[0][1:] == glance
+    assert text.count(closes) == 1
+    assert "| 1 seed, " in text
     for lacking in bounds:
         assert "gap" not in render(tmp_path / lacking["recipe"], *modern, lacking)
-    # Precisions have rows of their own, the remark is on all runs.
-    text = render(tmp_path / "precisions", modern[0] | {"precision": "fp32"}, modern[1], *bounds)
-    assert "| 1 seed, " in text
-    assert remark in text
-    assert text.count("closes 90.0 % of the gap") == 1
+    source_only = result(recipe="modern", method="source-only", target_correct=6000, config=own)
+    text = render(tmp_path / "source only", *modern, source_only)
+    assert rows(text, "SVHN → MNIST | 60.00")[0][1:3] == ["60.00 (6000 / 10000)", "84.00 ± 4.24"]
     # Two lengths of a recipe are not taken for each other.
     assert "gap" not in render(tmp_path / "longer", *modern, bounds[0], bounds[1] | {"epochs": 20})
+    assert "`modern`: target test" not in render(tmp_path / "others", result())
 
 
 def test_the_ablation_compares_each_variant_with_the_whole_recipe(tmp_path):
