@@ -432,10 +432,10 @@ def test_modern_at_a_glance_and_the_share_of_the_gap(tmp_path):
 
     text = render(tmp_path / "one", modern[0])
     assert rows(text, start)[0][1:] == [
-        "not run", "81.00 (8100 / 10000)", "81.00", "99.0, worst 98.7", "not run", "1 run",
+        "not run", "81.00 (8100 / 10000)", "81.00", "99.0, worst 98.7", "not run", "1",
     ]  # fmt: skip
     text = render(tmp_path / "both", *modern, *bounds)
-    glance = ["not run", "84.00 ± 4.24", "81.00", "99.0, worst 98.7", "90.00 (9000 / 10000)", "2 runs"]
+    glance = ["not run", "84.00 ± 4.24", "81.00", "99.0, worst 98.7", "90.00 (9000 / 10000)", "2"]
     assert rows(text, start)[0][1:] == glance
     assert closes in text
     # Precisions have rows of their own; the glance and the gap are of all runs.

@@ -293,7 +293,7 @@ def modern_table(results: list[dict]) -> str:
                 lower, upper = (accuracy_cell(bound, "target") if bound else "not run" for bound in bounds)
                 worst = f"{min(percents(row, 'target')):.2f}"
                 aim = AIMS.get((first["source"], first["target"]), "–")
-                lines.append([pair, lower, accuracy_cell(row, "target"), worst, aim, upper, counted(len(row), "run")])
+                lines.append([pair, lower, accuracy_cell(row, "target"), worst, aim, upper, str(len(row))])
     header = [
         "`modern`: target test, %",
         "Source only",
@@ -301,9 +301,9 @@ def modern_table(results: list[dict]) -> str:
         "Its worst run",
         "Aimed at",
         "Trained on target",
-        "DANN",
+        "DANN runs",
     ]
-    return markdown_table(header, "lrrrlrl", lines) if lines else ""
+    return markdown_table(header, "lrrrlrr", lines) if lines else ""
 
 
 def modern_remarks(table: list[list[dict]]) -> list[str]:
