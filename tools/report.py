@@ -199,6 +199,11 @@ def method_cell(row: list[dict], table: list[list[dict]]) -> str:
     return f"{METHODS[row[0]['method']]} (recipe `{row[0]['recipe']}`{unusual_settings(row, table)})"
 
 
+def pair_cell(row: list[dict], table: list[list[dict]]) -> str:
+    """Source and target, with the row's `unusual_settings`."""
+    return f"{escape(row[0]['source_mark'])} → {escape(row[0]['target_mark'])}{unusual_settings(row, table)}"
+
+
 def unusual_settings(row: list[dict], table: list[list[dict]]) -> str:
     """Those that are not the recipe's own, each after a comma; of a recipe that is gone, those that rows differ in."""
     run, mine = row[0], settings(row[0])
@@ -288,21 +293,14 @@ def modern_table(results: list[dict]) -> str:
         for row in rows:
             first = row[0]
             if first["method"] == "dann":
-                pair = f"{escape(first['source_mark'])} → {escape(first['target_mark'])}{unusual_settings(row, table)}"
                 bounds = [with_method(method, row, rows, training) for method in ("source-only", "target-only")]
                 lower, upper = (accuracy_cell(bound, "target") if bound else "not run" for bound in bounds)
                 worst = f"{min(percents(row, 'target')):.2f}"
                 aim = AIMS.get((first["source"], first["target"]), "–")
-                lines.append([pair, lower, accuracy_cell(row, "target"), worst, aim, upper, str(len(row))])
-    header = [
-        "`modern`: target test, %",
-        "Source only",
-        "**DANN**",
-        "Its worst run",
-        "Aimed at",
-        "Trained on target",
-        "DANN runs",
-    ]
+                cells = [lower, accuracy_cell(row, "target"), worst, aim, upper, str(len(row))]
+                lines.append([pair_cell(row, table), *cells])
+    header = ["`modern`: target test, %", "Source only", "**DANN**", "Its worst run", "Aimed at"]
+    header += ["Trained on target", "DANN runs"]
     return markdown_table(header, "lrrrlrr", lines) if lines else ""
 
 
@@ -338,13 +336,11 @@ def cost_table(results: list[dict]) -> str:
             first = row[0]
             if first["method"] == "dann":
                 seconds = [run["seconds"] for run in row]
-                pair = f"{escape(first['source_mark'])} → {escape(first['target_mark'])}"
-                pair += unusual_settings(row, table)
                 reached = [reached_cell(row, percent) for percent in ("90", "95", "98")]
                 whole = f"{statistics.median(seconds):,.0f} ({max(seconds):,.0f})"
                 tflop = f"{first['operations'] / 1e12:.0f}"
                 where = f"{first['machine']}, {first['precision']}, {counted(first['threads'], 'thread')}"
-                rows.append([pair, *reached, whole, tflop, f"{first['parameters']:,}", escape(where)])
+                rows.append([pair_cell(row, table), *reached, whole, tflop, f"{first['parameters']:,}", escape(where)])
     header = ["`modern`, DANN", "s to 90 %", "95 %", "98 %", "s in all (slowest)", "TFLOP", "parameters", "on"]
     note = "Seconds: median over the seeds, tests included, to the end of the first epoch whose target test accuracy is"
     return f"{markdown_table(header, 'lrrrrrrl', rows)}\n\n{note} as high." if rows else ""
