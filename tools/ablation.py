@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools.report_ablation import VARIANTS  # noqa: E402
+from tools.report_ablation import RECIPE, VARIANTS  # noqa: E402
 from utils.cli import Interrupted, UserError, run_script, script_parser  # noqa: E402
 from utils.files import make_folder  # noqa: E402
 from utils.run_log import say  # noqa: E402
@@ -64,7 +64,7 @@ def train(pair: str, variant: str, seed: int, args: argparse.Namespace) -> None:
         command += ["--resume", str(folder)]
     else:
         source, target = pair.split("-")
-        command += ["--recipe", "modern", "--source", source, "--target", target, *SCHEDULE, *VARIANTS[variant]]
+        command += [*RECIPE, "--source", source, "--target", target, *SCHEDULE, *VARIANTS[variant]]
         command += ["--seed", str(seed), "--run-dir", str(folder)]
     command += ["--data-dir", str(args.data_dir)] if args.data_dir != Path("data") else []
     command += ["--threads", "1"] if args.jobs > 1 else []

@@ -8,6 +8,7 @@ from utils.cli import UserError
 
 FOLDER = "ablation"
 WHOLE = "everything"
+RECIPE = ("--recipe", "modern", "--teacher-views", "both")  # as it was before this table took a view from it
 VARIANTS = {  # what is off, and the flags that turn it off
     WHOLE: (),
     "no reversal": ("--lambda-max", "0"),

@@ -233,7 +233,6 @@ def _modern(source: str, target: str) -> Config:
         lambda_schedule="rise-and-fall",
         adversary="class-wise",
         teacher_decay=0.99,
-        teacher_views="both",
         teacher_weight=1.0,
         teacher_start=0.15,
         perturbation=3.0,
