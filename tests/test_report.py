@@ -141,6 +141,14 @@ def test_a_row_alone_tells_its_settings_too(tmp_path):
     assert rows(text, "**DANN** (recipe `modern`, warp 0.0)")
 
 
+def test_a_bound_names_no_settings_that_do_nothing_there(tmp_path):
+    own = to_dict(recipe_config("modern")) | {"warp": 0.0, "lambda_max": 0.5}
+    text = render(tmp_path, result(recipe="modern", method="source-only", config=own))
+    assert rows(text, "source only (recipe `modern`) ")
+    text = render(tmp_path, result(recipe="modern", method="source-only", config=own | {"teacher_decay": 0.5}))
+    assert rows(text, "source only (recipe `modern`, teacher_decay 0.5)"), "the average is what is tested"
+
+
 def test_settings_that_the_recipe_does_not_know_are_always_named(tmp_path):
     text = render(tmp_path, *(result(recipe="mine", config={"lr": lr}) for lr in (0.01, 0.02)))
     assert rows(text, "**DANN** (recipe `mine`, lr 0.01)")
@@ -152,15 +160,16 @@ def test_gain_needs_the_same_settings(tmp_path):
     assert rows(text, "**DANN** (recipe `dann`)")[0][3] == "–"
 
 
-def test_settings_of_the_reversal_do_not_matter_for_the_gain_unless_a_row_has_the_same(tmp_path):
+@pytest.mark.parametrize("change", [{"lambda_max": 0.5}, {"teacher_views": "both"}])
+def test_settings_of_adaptation_do_not_matter_for_the_gain_unless_a_row_has_the_same(tmp_path, change):
     runs = [
-        result(config={"lr": 0.01, "lambda_max": 0.5}, target_correct=8000),
+        result(config={"lr": 0.01} | change, target_correct=8000),
         result(config={"lr": 0.01}, method="source-only", target_correct=7100),
     ]
     assert rows(render(tmp_path, *runs), "**DANN**")[0][3] == "+9.00"
-    runs.append(result(config={"lr": 0.01, "lambda_max": 0.5}, method="source-only", target_correct=7200))
+    runs.append(result(config={"lr": 0.01} | change, method="source-only", target_correct=7200))
     assert rows(render(tmp_path, *runs), "**DANN**")[0][3] == "+8.00"
-    runs[1:] = [result(config={"lr": 0.02, "lambda_max": 0.5}, method="source-only")]
+    runs[1:] = [result(config={"lr": 0.02} | change, method="source-only")]
     (tmp_path / "results" / "pair" / "2.json").unlink()
     assert rows(render(tmp_path, *runs), "**DANN**")[0][3] == "–"
 
@@ -468,7 +477,7 @@ def test_the_ablation_compares_each_variant_with_the_whole_recipe(tmp_path):
     assert "95.00\u00a0±\u00a00.00 (-2.50)" in row, "against seeds 0 and 1 of the whole recipe, 97.50 %"
     ablated(tmp_path / "one", "svhn-mnist", "everything", 9800)
     assert "Target test accuracy, %: seed 0;" in ablation_report(tmp_path / "one")
-    assert "Runs of 640 steps" in ablation_report(tmp_path)
+    assert "Runs of `--recipe modern --teacher-views both` with 640 steps" in ablation_report(tmp_path)
 
 
 def test_the_ablation_stays_out_of_the_table_of_results(tmp_path):
@@ -505,6 +514,7 @@ def test_the_ablation_runs_what_is_missing(monkeypatch, tmp_path, tiny_data):
     assert [path.name for path in (tmp_path / "runs/svhn-mnist").iterdir()] == ["no-reversal-seed0"]
     config = json.loads((tmp_path / "runs/svhn-mnist/no-reversal-seed0/config.json").read_text())
     assert (config["recipe"], config["lambda_max"], config["seed"]) == ("modern", 0.0, 0)
+    assert config["teacher_views"] == "both", "the recipe as the ablation took it apart"
     assert [path.name for path in (tmp_path / "out/svhn-mnist").iterdir()] == ["everything-seed0.json"]
 
 

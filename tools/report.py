@@ -66,8 +66,12 @@ COUNTS = ("seed", "epochs", "source_correct", "source_total", "target_correct", 
 NUMBERS = ("source_accuracy", "target_accuracy", "seconds")
 # Settings that a result also has at its top; there the precision is the one used, not "auto".
 KEYED = ("source", "target", "method", "recipe", "seed", "epochs", "precision")
-# Settings that only count while the gradient is reversed.
-REVERSAL = frozenset(item.name for item in dataclasses.fields(Config) if item.metadata["group"] == "gradient reversal")
+# Settings that change nothing in a bound: all of gradient reversal, and of the teacher all but its average.
+ADAPTATION = frozenset(
+    item.name
+    for item in dataclasses.fields(Config)
+    if item.metadata["group"] in ("gradient reversal", "teacher") and item.name != "teacher_decay"
+)
 
 
 def read_result(path: Path) -> dict | None:
@@ -175,7 +179,7 @@ def accuracy_cell(row: list[dict], domain: str) -> str:
 
 
 def gain_cell(row: list[dict], table: list[list[dict]]) -> str:
-    """Points of target accuracy that DANN adds to source-only training that is the same but for the reversal."""
+    """Points of target accuracy that DANN adds to source-only training that is the same but for adaptation."""
     if row[0]["method"] != "dann":
         return ""
     return difference(row, with_method("source-only", row, table)) or "–"
@@ -184,10 +188,10 @@ def gain_cell(row: list[dict], table: list[list[dict]]) -> str:
 def with_method(method: str, row: list[dict], table: list[list[dict]], shared: Callable = setup) -> list[dict]:
     """The row of a bound with the same recipe and `shared`; empty where there is none.
 
-    Settings of gradient reversal change nothing in a bound: where no row has them all, one that differs there will do.
+    Where no row has all settings, one that differs in those of `ADAPTATION` will do.
     """
     others = [other for other in table if (other[0]["method"], other[0]["recipe"]) == (method, row[0]["recipe"])]
-    for but in (frozenset(), REVERSAL):
+    for but in (frozenset(), ADAPTATION):
         for other in others:
             if shared(other[0], but) == shared(row[0], but):
                 return other
@@ -205,10 +209,13 @@ def pair_cell(row: list[dict], table: list[list[dict]]) -> str:
 
 
 def unusual_settings(row: list[dict], table: list[list[dict]]) -> str:
-    """Those that are not the recipe's own, each after a comma; of a recipe that is gone, those that rows differ in."""
+    """Those that are not the recipe's own, each after a comma; of a recipe that is gone, those that rows differ in.
+
+    A bound's of `ADAPTATION` are left out.
+    """
     run, mine = row[0], settings(row[0])
     peers = [settings(other[0]) for other in table if other[0]["recipe"] == run["recipe"]]
-    keys = sorted(set().union(*peers))
+    keys = sorted(set().union(*peers) - (frozenset() if run["method"] == "dann" else ADAPTATION))
     varied = [key for key in keys if len({json.dumps(peer.get(key), sort_keys=True) for peer in peers}) > 1]
     own = to_dict(recipe_config(run["recipe"], run["source"], run["target"])) if run["recipe"] in RECIPES else {}
     named = [key for key in keys if (mine.get(key) != own[key] if key in own else key in varied)]
@@ -378,7 +385,7 @@ def footnotes(results: list[dict]) -> str:
         "Accuracies: mean ± sample standard deviation over the seeds, last weights of each run (for one seed "
         "also the counts). Target test labels are read for these numbers only and select nothing.",
         "Gain: points of target accuracy over source only with the same recipe, epochs, seeds and settings, those of "
-        "gradient reversal aside, which do nothing there. "
+        "gradient reversal and of the teacher's labels aside, which do nothing there. "
         "Seconds: median of a row's runs.",
         "Reported: by the paper (JMLR 17(59), 2016; arXiv 1409.7495), by system A (the PyTorch scripts that "
         "recipe `dann` reproduces) or by system B (the Keras scripts that `cnn-grl` reproduces).",

@@ -74,7 +74,8 @@ def ablation_report(folder: Path) -> str:
         which = f"seed {seeds[0]}"
     return (
         f"{table}\n\nTarget test accuracy, %: {which}; in brackets the difference to everything on, points. Runs of "
-        f"{listed(steps)} steps: `python tools/ablation.py` wrote [results/ablation](results/ablation)."
+        f"`{' '.join(RECIPE)}` with {listed(steps)} steps: `python tools/ablation.py` wrote "
+        "[results/ablation](results/ablation)."
     )
 
 
