@@ -383,7 +383,7 @@ def footnotes(results: list[dict]) -> str:
     """How to read the tables."""
     notes = [
         "Accuracies: mean ± sample standard deviation over the seeds, last weights of each run (for one seed "
-        "also the counts). Target test labels are read for these numbers only and select nothing.",
+        "also the counts). Target test labels are read for these numbers and select no weights.",
         "Gain: points of target accuracy over source only with the same recipe, epochs, seeds and settings, those of "
         "gradient reversal and of the teacher's labels aside, which do nothing there. "
         "Seconds: median of a row's runs.",
