@@ -1,4 +1,4 @@
-"""Find the digits in pictures, read them, and write the pictures with the readings on them.
+"""Find the digits in pictures, classify them, and write the pictures with the predictions on them.
 
 python image_annotate.py -f note.jpg
 python image_annotate.py -f photos/ --json --weights runs/NAME
@@ -9,101 +9,20 @@ import itertools
 import json
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image, ImageShow
-from torch import Tensor
 
+from annotate.classify import MIN_CONFIDENCE, SINGLE_SIDE, Digit, classify, is_single
+from annotate.draw import COLOURS, draw_digits, lay_out, side_by_side
+from annotate.find_digits import find_digits
+from annotate.pictures import open_picture, output_for, pictures_named, save_picture
+from methods.classifier import load_classifier
 from utils import machine
-from utils.boxes import Box, reading_order
-from utils.cli import run_script, script_parser
-from utils.draw_digits import COLOURS, draw_digits, lay_out, side_by_side
+from utils.cli import run_script, say, script_parser
 from utils.files import make_folder
-from utils.find_digits import Candidate, find_digits, frame
-from utils.pictures import open_picture, output_for, pictures_named, save_picture
-from utils.run_log import say
-from valid import Reader, load_reader, predict
 
 IMAGES = Path(__file__).resolve().parent / "images"
-SINGLE_SIDE = 32  # pixels: no larger picture of the domains exists, and in a smaller one there is nothing to search
-FAINTEST = 16  # of 255: a small picture whose pixels differ by less is blank
-MIN_CONFIDENCE = 0.5
-# How the domains that show digits light on dark frame them: the share of the side that a digit takes, and where its
-# centre of mass stands (None: its box is in the middle). MNIST's own numbers, confirmed on its training digits.
-FRAMES = {"mnist": (20 / 28, 14.5 / 28), "usps": (1.0, None), "optdigits": (1.0, None)}
-ANY_FRAME = (0.75, None)  # of the domains of photographs, in any colours
-
-
-@dataclass(frozen=True)
-class Digit:
-    """One digit as a network reads it; the box in pixels of the upright picture."""
-
-    digit: int
-    confidence: float
-    box: Box
-
-
-def is_single(picture: Image.Image) -> bool:
-    """Whether a picture is one digit: as small as the images of the domains."""
-    return max(picture.size) <= SINGLE_SIDE
-
-
-def whole(picture: Image.Image, reader: Reader) -> Tensor:
-    """The picture as one digit, padded to a square. Shape: -> (1, 3, S, S) uint8.
-
-    Dark on light becomes light on dark for a network whose target has nothing else.
-    """
-    pixels = np.asarray(picture)
-    border = np.concatenate((pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
-    ground = np.median(border, axis=0)
-    if reader.config.target in FRAMES and ground.mean() > (int(pixels.min()) + int(pixels.max())) / 2:
-        pixels, ground = 255 - pixels, 255 - ground
-    side = max(picture.size)
-    square = np.empty((side, side, 3), np.uint8)
-    square[:] = ground.astype(np.uint8)
-    top, left = (side - picture.height) // 2, (side - picture.width) // 2
-    square[top : top + picture.height, left : left + picture.width] = pixels
-    return torch.from_numpy(square).permute(2, 0, 1)[None].contiguous()
-
-
-def framed(candidate: Candidate, reader: Reader) -> Tensor:
-    """A digit that was found, light on dark, as the network's target domain frames it. Shape: -> (1, 3, S, S) uint8."""
-    square = frame(candidate.ink, *FRAMES.get(reader.config.target, ANY_FRAME))
-    return torch.from_numpy(square)[None, None].expand(1, 3, -1, -1)
-
-
-def read(
-    picture: Image.Image, candidates: list[Candidate], reader: Reader, device: torch.device, least: float | None
-) -> list[list[Digit]]:
-    """The digits of a picture, line by line.
-
-    Args:
-        candidates: where there may be digits; a picture that is one digit needs none.
-        least: confidence below which a candidate is no digit. None is the default: a picture that is one digit is
-            read in any case.
-    """
-    if is_single(picture):
-        low, high = picture.convert("L").getextrema()
-        boxes: list[Box] = [(0, 0, *picture.size)] if high - low >= FAINTEST else []
-        images = [whole(picture, reader) for _ in boxes]
-    else:
-        boxes = [candidate.box for candidate in candidates]
-        images = [framed(candidate, reader) for candidate in candidates]
-    if not boxes:
-        return []
-    resized = torch.cat([reader.preprocess.resize(image) for image in images])
-    confidences, digits = predict(reader.model, resized, reader.preprocess, device, "fp32").max(1)
-    if least is None:
-        least = 0.0 if is_single(picture) else MIN_CONFIDENCE
-    found = [
-        Digit(digit, confidence, box)
-        for digit, confidence, box in zip(digits.tolist(), confidences.tolist(), boxes, strict=True)
-        if confidence >= least
-    ]
-    return [[found[i] for i in line] for line in reading_order([digit.box for digit in found])]
 
 
 def as_numbers(lines: list[list[Digit]]) -> list[str]:
@@ -112,7 +31,7 @@ def as_numbers(lines: list[list[Digit]]) -> list[str]:
 
 
 def as_document(lines: list[list[Digit]]) -> dict:
-    """What `--json` says of a reading."""
+    """What `--json` says of a picture's digits."""
     return {
         "lines": as_numbers(lines),
         "digits": [
@@ -121,7 +40,7 @@ def as_document(lines: list[list[Digit]]) -> dict:
     }
 
 
-def print_reading(lines: list[list[Digit]]) -> None:
+def print_digits(lines: list[list[Digit]]) -> None:
     """One line a digit in reading order, then the number in each line."""
     if not lines:
         print("  no digit found")
@@ -129,12 +48,12 @@ def print_reading(lines: list[list[Digit]]) -> None:
         x0, y0, x1, y1 = digit.box
         print(f"  {digit.digit}  {digit.confidence:6.1%}  at {x0},{y0} – {x1},{y1}")
     for number in as_numbers(lines):
-        print(f"  reads {number}")
+        print(f"  number {number}")
 
 
-def annotated(picture: Image.Image, readings: list[list[list[Digit]]]) -> list[Image.Image]:
-    """For each reading the picture, equally large, with a box, the digit and its confidence at each place."""
-    found = [list(itertools.chain(*lines)) for lines in readings]
+def annotated(picture: Image.Image, classified: list[list[list[Digit]]]) -> list[Image.Image]:
+    """For each network the picture, equally large, with a box, the digit and its confidence at each place."""
+    found = [list(itertools.chain(*lines)) for lines in classified]
     marks = [([d.box for d in digits], [f"{d.digit} {d.confidence:.0%}" for d in digits]) for digits in found]
     scale = max(lay_out(picture.size, boxes, texts).scale for boxes, texts in marks)
     return [draw_digits(picture, *mark, colour, scale) for mark, colour in zip(marks, COLOURS, strict=False)]
@@ -157,21 +76,19 @@ def confidence(text: str) -> float:
 
 def parse_arguments() -> argparse.Namespace:
     parser = script_parser(
-        description="Find every digit in pictures, read it, and write the pictures with the readings on them.",
+        description="Find every digit in pictures, classify it, and write the pictures with the predictions on them.",
         epilog="examples:\n"
         "  python image_annotate.py -f note.jpg                     a name in images/, or any path\n"
         "  python image_annotate.py -f photos/ --json               all pictures of a folder\n"
         "  python image_annotate.py -f a.jpg b.jpg --weights runs/DANN --compare runs/SOURCE-ONLY",
     )
-    parser.add_argument(
-        "-f", "--file", nargs="+", required=True, metavar="IMG", help="pictures to read, or folders of them"
-    )
+    parser.add_argument("-f", "--file", nargs="+", required=True, metavar="IMG", help="pictures, or folders of them")
     parser.add_argument("--weights", metavar="NAME", help="as in valid.py (default: the same)")
-    parser.add_argument("--compare", metavar="NAME", help="weights of a second network, whose reading stands beside")
+    parser.add_argument("--compare", metavar="NAME", help="weights of a second network, whose predictions stand beside")
     parser.add_argument(
         "--min-confidence", type=confidence, metavar="P",
-        help=f"leave out what is read with less, 0 to 1 (default: {MIN_CONFIDENCE}, and 0 for a picture of at most "
-        f"{SINGLE_SIDE} pixels a side, which is one digit)",
+        help=f"leave out what is predicted with less, 0 to 1 (default: {MIN_CONFIDENCE}, and 0 for a picture of at "
+        f"most {SINGLE_SIDE} pixels a side, which is one digit)",
     )  # fmt: skip
     parser.add_argument(
         "--output-dir", type=Path, default=Path("runs/annotated"), metavar="DIR", help="(default: %(default)s)"
@@ -191,32 +108,33 @@ def main() -> None:
     for path in paths:  # all are looked at before one is written, but not kept: a folder may hold more than memory
         open_picture(path)
     device = machine.choose_device(args.device)
+    machine.prepare(device)
     names = [args.weights] if args.compare is None else [args.weights, args.compare]
-    readers = [load_reader(name, device, args.download) for name in names]
+    classifiers = [load_classifier(name, device, args.download) for name in names]
     make_folder(args.output_dir)
     documents = []
     for path in paths:
         picture = open_picture(path)
         candidates = [] if is_single(picture) else find_digits(picture)
-        readings = [read(picture, candidates, reader, device, args.min_confidence) for reader in readers]
-        pages = annotated(picture, readings)
+        classified = [classify(picture, candidates, classifier, args.min_confidence) for classifier in classifiers]
+        pages = annotated(picture, classified)
         page = pages[0]
         if args.compare is not None:
-            titles = [f"{name or reader.path.stem}: {' / '.join(as_numbers(lines)) or 'no digit found'}"
-                      for name, reader, lines in zip(names, readers, readings, strict=True)]  # fmt: skip
+            titles = [f"{name or classifier.path.stem}: {' / '.join(as_numbers(lines)) or 'no digit found'}"
+                      for name, classifier, lines in zip(names, classifiers, classified, strict=True)]  # fmt: skip
             page = side_by_side(pages, titles)
 
         output = output_for(path, args.output_dir)
         save_picture(page, output, made_of=path)
-        document = {"image": str(path), **as_document(readings[0])}
+        document = {"image": str(path), **as_document(classified[0])}
         if args.compare is not None:
-            document["compare"] = {"weights": args.compare, **as_document(readings[1])}
+            document["compare"] = {"weights": args.compare, **as_document(classified[1])}
         documents.append(document)
         if not args.json:
-            for name, lines in zip(names, readings, strict=True):
+            for name, lines in zip(names, classified, strict=True):
                 print(f"{path}" if args.compare is None else f"{path}, {name or 'default weights'}")
-                print_reading(lines)
-        elif not all(readings):
+                print_digits(lines)
+        elif not all(classified):
             say(f"{path}: no digit found")
         say(f"wrote {output}")
         if args.show:

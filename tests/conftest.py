@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import itertools
+import json
 import os
 import signal
 import struct
@@ -15,13 +16,17 @@ import pytest
 import torch
 from PIL import Image
 from scipy.io import savemat
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
-from data_loader import load_domain
-from utils.synth_digits import render_digits
+from digits.domains import load_domain
+from digits.synth import render_digits
+from utils.cli import UserError, run_script
+from watch.board import Board
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_COUNTS = {"svhn": (40, 23), "mnist": (64, 37), "usps": (30, 11)}  # training and test images of `tiny_data`
+DRAWN = {name: getattr(Board, name) for name in ("compare", "show_predictions")}  # what draws a run's figures
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +68,25 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_figures():
+    """Figures for TensorBoard take nine tenths of a small run: `whole_run` alone has them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in DRAWN:
+            patch.setattr(Board, name, lambda *_: None)
+        yield
+
+
+@pytest.fixture
+def no_fetch(monkeypatch):
+    """No test reaches for data elsewhere."""
+
+    def refuse(names, *arguments, **options):
+        raise UserError(f"a test tried to download {list(names)}")
+
+    monkeypatch.setattr("digits.domains.fetch", refuse)
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     """A data folder of a few random images each, every digit about equally often, in the official formats."""
@@ -87,7 +111,7 @@ def tiny_data(tmp_path_factory) -> Path:
 def few_synth(monkeypatch):
     """Every hundredth of the synth digits, for want of a minute to render them all."""
     monkeypatch.setattr(
-        "data_loader.load_synth_digits", lambda seed, start, count, folders: render_digits(seed, start, count // 100)
+        "digits.readers.load_synth_digits", lambda seed, start, count, folders: render_digits(seed, start, count // 100)
     )
 
 
@@ -115,18 +139,81 @@ def run_as_process(script: str, *arguments: object) -> subprocess.CompletedProce
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-def start(monkeypatch, *arguments):
+def train(*arguments):
     """Run main.py with these arguments, in this process."""
-    monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
-    main.main()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
+        main.main()
 
 
 def settings(tiny_data):
     """A small run: three epochs of four steps."""
     return (
-        "--network", "paper-mnist", "--image-size", 32, "--batch-size", 16, "--epochs", 3, "--precision", "fp32",
+        "--network", "paper-mnist", "--batch-size", 16, "--epochs", 3, "--precision", "fp32",
         "--device", "cpu", "--no-download", "--data-dir", tiny_data,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def whole_run(tiny_data, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run of `settings` that was drawn, every third step logged; not to be changed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("watch.watcher.LOG_EVERY_STEPS", 3)
+        for name, draw in DRAWN.items():
+            patch.setattr(Board, name, draw)
+        train(*settings(tiny_data), "--run-dir", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def quick_run(tiny_data, tmp_path_factory) -> Path:
+    """The folder of a short run: batch-normed, on per-image normalised SVHN and MNIST; not to be changed."""
+    folder = tmp_path_factory.mktemp("quick") / "run"
+    train(
+        "--network", "quick", "--normalisation", "per-image", "--batch-size", 16, "--epochs", 2, "--device", "cpu",
+        "--no-download", "--data-dir", tiny_data, "--run-dir", folder,
+    )  # fmt: skip
+    return folder
+
+
+def records_of(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def events_of(folder: Path) -> EventAccumulator:
+    """What TensorBoard shows of a run folder."""
+    events = EventAccumulator(str(folder / "tensorboard"), dict.fromkeys(("scalars", "images", "histograms"), 0))
+    return events.Reload()
+
+
+def the_error(stderr: str) -> str:
+    """The one line that a failed script says beside its log."""
+    lines = stderr.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1, stderr
+    assert lines[-1] == errors[0], stderr
+    assert "Traceback" not in stderr
+    assert len(errors[0]) < 600, "a clear line is a short one"
+    return errors[0]
+
+
+@pytest.fixture
+def fail(monkeypatch, capsys):
+    """Run a script in this process, which must end with exit code 1; returns its error line."""
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run_script(script.main)
+        assert ended.value.code == 1
+        said = capsys.readouterr()
+        assert '{"' not in said.out, "a script that failed has no result"
+        return the_error(said.err)
+
+    return run
 
 
 class Killed(Exception):
@@ -141,15 +228,15 @@ def kill():
     raise Killed
 
 
-def interrupt_after(monkeypatch, method, count, interruption):
-    """Call `interruption` when a method of the trainer has returned for the `count`-th time."""
-    original = getattr(main.Trainer, method)
+def interrupt_after(monkeypatch, owner, name, count, interruption):
+    """Call `interruption` when a function of a module or class has returned for the `count`-th time."""
+    original = getattr(owner, name)
     numbers = itertools.count(1)
 
-    def call_and_interrupt(*arguments):
-        outcome = original(*arguments)
+    def call_and_interrupt(*arguments, **more):
+        outcome = original(*arguments, **more)
         if next(numbers) == count:
             interruption()
         return outcome
 
-    monkeypatch.setattr(main.Trainer, method, call_and_interrupt)
+    monkeypatch.setattr(owner, name, call_and_interrupt)

@@ -1,6 +1,5 @@
 """Random changes of training images: of the documented kind and size, drawn apart from what is done with them."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -8,14 +7,11 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from data_loader import DigitSet, PairedLoader, Preprocessing
-from tests.test_step import make_trainer
-from utils.augmentation import (
+from digits.augmentation import (
     MILD,
     STRONG,
     add_neighbours,
     affine_draws,
-    appearance_draws,
     augment,
     blur,
     draw,
@@ -24,9 +20,9 @@ from utils.augmentation import (
     random_appearance,
     random_erasing,
     random_warp,
+    same_views,
     standardise,
 )
-from utils.config import recipe_config
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -55,11 +51,59 @@ def gaussian(x: torch.Tensor, deviation: float) -> torch.Tensor:
     return torch.from_numpy(total / share).float()
 
 
-def squares() -> DigitSet:
-    """24 times a white square on black."""
-    images = torch.zeros(24, 1, 32, 32, dtype=torch.uint8)
-    images[:, :, 8:24, 8:24] = 255
-    return DigitSet("svhn", "train", images, torch.zeros(24, dtype=torch.long), "", {})
+# ---- affine maps
+
+
+def fitted_maps(count: int, size: int = 32) -> torch.Tensor:
+    """The affine map of each image, found from how a horizontal and a vertical ramp come out. -> (N, 2, 3)
+
+    Sampling a ramp gives the coordinate that was sampled, so that the map follows by least squares from the pixels
+    near the centre, which never reach beyond the border. Coordinates run from −1 to 1 over the image.
+    """
+    centres = (2 * torch.arange(size, dtype=torch.float64) + 1) / size - 1
+    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    ramps = torch.stack((x, y)).expand(count, 2, size, size).contiguous().float()
+    out = random_warp(ramps, affine_draws(count, generator())).double()
+    inner = slice(size // 4, -size // 4)
+    design = torch.stack((x, y, torch.ones_like(x)), -1)[inner, inner].reshape(-1, 3)
+    sampled = out[:, :, inner, inner].reshape(count, 2, -1)
+    solution = torch.linalg.lstsq(design.expand(count, -1, -1), sampled.mT).solution.mT
+    assert (design @ solution.mT - sampled.mT).abs().max() < 1e-5  # it is an affine map indeed
+    return solution
+
+
+def test_random_warp_stays_within_its_documented_bounds_and_reaches_them():
+    maps = fitted_maps(4000)
+    shear, sin = (maps[:, 0, 1] + maps[:, 1, 0]) / 2, (maps[:, 1, 0] - maps[:, 0, 1]) / 2
+    cos = (1 - sin**2).sqrt()
+    drawn = {  # what was drawn, and its bound
+        "degrees": (sin.asin() * 180 / math.pi, 15.0),
+        "width": (maps[:, 0, 0] / cos - 1, 0.15),
+        "height": (maps[:, 1, 1] / cos - 1, 0.15),
+        "shear": (shear, 0.15),
+        "right": (maps[:, 0, 2] * 16, 2.0),  # pixels of 32
+        "down": (maps[:, 1, 2] * 16, 2.0),
+    }
+    for name, (values, bound) in drawn.items():
+        assert values.abs().max() <= bound * 1.0001, name
+        assert values.min() < -0.99 * bound, name
+        assert values.max() > 0.99 * bound, name
+        assert values.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05), name  # uniform
+    correlation = torch.corrcoef(torch.stack([values for values, _ in drawn.values()]))
+    assert (correlation - torch.eye(6)).abs().max() < 0.08  # each for itself
+
+
+def test_random_warp_keeps_the_range_and_moves_all_channels_together():
+    x = pictures(20, 28).expand(-1, 3, -1, -1) * 0.5 + 0.2
+    out = random_warp(x, affine_draws(20, generator(4)))
+    assert torch.equal(out[:, 0], out[:, 2])
+    assert x.min() <= out.min()
+    assert out.max() <= x.max() + 1e-6
+    constant = torch.full((3, 3, 32, 32), 0.37)
+    torch.testing.assert_close(random_warp(constant, affine_draws(3, generator(6))), constant)
+
+
+# ---- all else
 
 
 def test_each_number_does_its_own_thing():
@@ -223,10 +267,6 @@ def test_elastic_displacements_move_pixels_by_what_was_drawn():
     torch.testing.assert_close(out[:, :, inner, inner], expected[:, :, inner, inner], rtol=1e-3, atol=1e-4)
 
 
-def test_a_blank_image_stays_blank():
-    assert torch.equal(standardise(torch.full((2, 1, 8, 8), 0.25)), torch.zeros(2, 1, 8, 8))
-
-
 def test_blur_is_drawn_between_its_bounds_and_of_each_channel_by_itself():
     draws, x = still(3), pictures(3)
     draws["numbers"][:, 0] = torch.tensor([0.5001, 0.75, 1.0])  # on a logarithmic scale
@@ -240,81 +280,14 @@ def test_blur_is_drawn_between_its_bounds_and_of_each_channel_by_itself():
     torch.testing.assert_close(blur(even, deviation), even)
 
 
-def test_the_weak_view_moves_less():
-    weak, full = draw("weak", 2000, 32, generator())["affine"], affine_draws(2000, generator())
-    torch.testing.assert_close(weak, 0.3 * full)
-    assert list(draw("weak", 4, 32, generator())) == ["affine"]
-    assert full[:, 0].abs().max() == pytest.approx(15 * math.pi / 180, rel=0.01)
-
-
-def test_draws_follow_the_generator_and_nothing_is_drawn_for_none():
+def test_the_bounds_of_weak_and_mild_changes():
+    """Of mild ones scales are as likely to shrink as to grow, and there are inversion and neighbours; nothing else."""
+    weak, full = draw("weak", 2000, 32, generator()), affine_draws(2000, generator())
+    assert list(weak) == ["affine"]
+    torch.testing.assert_close(weak["affine"], 0.3 * full)
+    assert torch.equal(draw("affine", 2000, 32, generator())["affine"], full)
     assert draw("none", 5, 32, generator()) == {}
-    first, again, other = (appearance_draws(5, 32, generator(seed)) for seed in (1, 1, 2))
-    for name, values in first.items():
-        assert len(values) == 5
-        assert torch.equal(values, again[name])
-        assert not torch.equal(values, other[name])
-
-
-@pytest.mark.parametrize("share", [slice(0, 3), slice(3, 6)])
-def test_a_share_of_the_draws_gives_a_share_of_the_images(share):
-    x, draws = pictures(6), draw("strong", 6, 32, generator())
-    part = augment(x[share], {name: values[share] for name, values in draws.items()})
-    torch.testing.assert_close(part, augment(x, draws)[share])
-
-
-def test_the_two_views_show_the_same_images(monkeypatch):
-    """The teacher's view is weak, the student's strong, and both hold image i at place i."""
-    monkeypatch.setattr("utils.augmentation.NEIGHBOURS", 0.0)  # they may be of the other kind
-    ramp = torch.arange(32, dtype=torch.uint8).mul(8).expand(400, 1, 32, 32).clone()
-    ramp[200:] = ramp[200:].mT.clone()  # two kinds of images
-    digits = DigitSet("svhn", "train", ramp, torch.zeros(400, dtype=torch.long), "", {})
-    preprocess = Preprocessing(32, "per-image", grey=True)
-    loader = PairedLoader(digits, ramp, 400, 0, preprocess, "strong", two_views=True)
-    x_s, _, x_t = next(loader.epoch(0))
-    assert x_s.shape == (400, 1, 32, 32)
-    assert x_t.shape == (2, 400, 1, 32, 32)
-    kinds = preprocess(ramp[[0, 200]])
-
-    def likeness(x: torch.Tensor) -> torch.Tensor:  # to each kind, whatever the polarity
-        return torch.einsum("nchw,kchw->nk", x, kinds).abs() / 1024
-
-    strong, weak = x_t
-    # Erasing leaves a few strong images undecided; other images would be alike in one half of the places.
-    assert (likeness(weak).argmax(1) == likeness(strong).argmax(1)).float().mean() > 0.95
-    assert likeness(weak).amax(1).min() > 0.9
-    assert likeness(strong).amax(1).mean() < likeness(weak).amax(1).mean()
-
-
-@pytest.mark.parametrize("first_step", [0, 3])
-def test_strong_augmentation_gives_way_to_mild(first_step, monkeypatch):
-    """Mild squares keep their two values; noise and background do not leave them. Weak ones keep their order too."""
-    monkeypatch.setattr("utils.augmentation.NEIGHBOURS", 0.0)
-    digits = squares()
-    loader = PairedLoader(digits, digits.images, 6, 0, Preprocessing(32, "unit", grey=True), "strong", two_views=True)
-
-    def plain(x: torch.Tensor) -> bool:
-        middle, corner = x[:, :, 16, 16], x[:, :, 0, 0]
-        low, high = torch.stack((middle, corner)).aminmax(dim=0)
-        whole = torch.allclose(high, x.amax((2, 3))) and torch.allclose(low, x.amin((2, 3)))
-        return whole and bool((high - low > 0.999).all())  # the two values lie further apart once standardised
-
-    batches = list(loader.epoch(0, first_step, 2.5))
-    assert all((weak[:, :, 16, 16] > weak[:, :, 0, 0]).all() for _, _, (_, weak) in batches)
-    kinds = [(plain(x_s), plain(x_t[0]), plain(x_t[1])) for x_s, _, x_t in batches]
-    assert kinds == ([(False, False, True)] * 3 + [(True, True, True)])[first_step:]
-    assert all(plain(x_s) for x_s, _, _ in loader.epoch(0, 0, -4))
-    assert not any(plain(x_s) for x_s, _, _ in loader.epoch(0, 0, 4))
-    assert not any(plain(x_s) for x_s, _, _ in loader.epoch(0))
-
-    seen = []
-    monkeypatch.setattr("data_loader.augment", lambda x, draws, others: seen.append(others is not None) or x)
-    list(loader.epoch(0, 0, -4))
-    assert seen == [True, True, False] * 4  # not in the teacher's view
-
-
-def test_mild_changes_are_those_of_images_that_do_not_change_strongly():
-    """Of the bounds of MILD, scales as likely to shrink as to grow, inversion and neighbours; nothing else."""
+    assert [view.augmentation for view in same_views("affine")(3, 7)] == ["affine", "affine"]  # of both domains
     draws = draw("mild", 3000, 32, generator())
     assert set(draws) == {"affine", "inverted", "others", "neighbours"}
     assert draws["inverted"].float().mean() == pytest.approx(0.5, abs=0.03)
@@ -322,34 +295,3 @@ def test_mild_changes_are_those_of_images_that_do_not_change_strongly():
     drawn[:, 2:4] = (1 + drawn[:, 2:4]).log()
     assert drawn.abs().amax(0).tolist() == pytest.approx(MILD, rel=0.01)
     assert drawn.mean(0).abs().max() < 0.02
-
-
-def test_a_share_of_the_targets_images_changes_strongly():
-    """Noise gives every pixel a value of its own."""
-    digits = squares()
-    preprocess, settings = Preprocessing(32, "per-image", grey=True), {"two_views": True, "target_strong_share": 0.25}
-    loader = PairedLoader(digits, digits.images, 400, 0, preprocess, "strong", **settings)
-    x_s, _, (x_t, weak_t) = next(loader.epoch(0))
-    noisy = [sum(len(image.unique()) > 800 for image in x) for x in (x_s, x_t, weak_t)]
-    assert noisy[0] > 380
-    assert 70 < noisy[1] < 130
-    assert noisy[2] == 0
-
-
-@pytest.mark.parametrize("augmentation", ["strong", "none"])
-def test_the_trainer_says_when_strong_augmentation_ends(augmentation, tmp_path, monkeypatch):
-    config = dataclasses.replace(
-        recipe_config("modern", "svhn", "mnist"),
-        precision="fp32", batch_size=6, epochs=4, warm_start_epochs=1, strong_until=0.6,
-        augmentation=augmentation,
-    )  # fmt: skip
-    trainer = make_trainer(config, tmp_path)
-    assert trainer.loader.target_strong_share == config.target_strong_share == 0.25
-    trainer.loader.steps = 5
-    seen = []
-    monkeypatch.setattr(trainer.loader, "epoch", lambda *x: seen.append(x[-1]) or iter(()))
-    for epoch in range(5):
-        trainer.epoch = epoch
-        trainer.train_epoch(None)
-    ends = [math.inf, 12, 7, 2, -3] if augmentation == "strong" else [math.inf] * 5
-    assert seen == pytest.approx(ends)

@@ -1,257 +1,347 @@
-"""Two processes that train as one give the numbers of one, write once, and go on after an interruption."""
+"""Several processes that train as one give the numbers of one, write once, and go on after an interruption."""
 
 import copy
 import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, records_of
 from safetensors.torch import load_file
 from torch import nn
 
+import main
+from methods.networks import build_network
 from utils.cli import UserError
 from utils.distributed import JoinedBatchNorm, Processes, join, join_batch_norms
 
-ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
 MACHINE = ("--device", "cpu", "--precision", "fp32", "--no-download", "--threads", "1")
 # Batch norm, one domain after the other, augmentation and AdamW; and reversal after a warm start, without batch norm.
 BATCH_NORMED = (
-    "--network", "quick", "--image-size", "32", "--normalisation", "per-image", "--separate-domains",
-    "--augmentation", "affine", "--dropout", "0", "--epochs", "2", "--batch-size", "16",
+    "--network", "quick", "--normalisation", "per-image", "--separate-domains", "--augmentation", "affine",
+    "--dropout", "0", "--epochs", "2", "--batch-size", "16",
 )  # fmt: skip
 WARM = (
     "--recipe", "cnn-grl", "--dropout", "0", "--warm-start-epochs", "1", "--epochs", "1", "--batch-size", "16",
     "--lr", "0.05",
 )  # fmt: skip
+# Its convolutions are frozen from the first step on.
+FROZEN = (*WARM, "--warm-start-epochs", "0")
 # A teacher with aligned labels, class-wise reversal, two views.
 TAUGHT = (
     "--recipe", "modern", "--optimizer", "sgd", "--lr", "0.002", "--confidence", "0.1", "--epochs", "2",
     "--epoch-steps", "3", "--batch-size", "16",
 )  # fmt: skip
 
+# Starts processes as torchrun does, but they are forks of one that has imported what takes seconds to import; and they
+# draw no figures.
+LAUNCHER = """
+import itertools, json, os, signal, socket, sys
+import torch, torch.utils.flop_counter, torchvision.utils
+torch.set_num_threads(1)
+import main
+from watch.board import Board
+Board.compare = Board.show_predictions = lambda *_: None
+for line in sys.stdin:
+    job, children = json.loads(line), []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for rank in range(job["processes"]):
+        if child := os.fork():
+            children.append(child)
+            continue
+        signal.alarm(100)
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{job['folder']}/{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.chdir(job["folder"])
+        if job["processes"] > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["processes"])}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
+        sys.argv = ["main.py", *job["arguments"]]
+        exec(job["code"])
+        main.run_script(main.main)
+        sys.exit()
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
+"""
+
 # In double precision, where rounding is nothing, and on images without flat areas: there the values that a maximum is
 # taken of are equal, and rounding decides to which pixel its gradient goes.
 DOUBLE = """
-import sys, torch
-sys.path.insert(0, {root!r})
-import main
-from utils.mean_teacher import MeanTeacher
-
-label = MeanTeacher.label
-
-
-def label_uneven(self, weak, strong, *moves):
-    slope = torch.linspace(0, 1e-6, strong[0].numel()).view_as(strong[0])
-    return label(self, weak, strong + slope, *moves)
-
-
-MeanTeacher.label = label_uneven
+from methods.modern import ModernObjective
+pseudo_labels = ModernObjective.pseudo_labels
+def of_uneven_images(self, x_t, weak_t):
+    return pseudo_labels(self, x_t + torch.linspace(0, 1e-6, x_t[0].numel()).view_as(x_t[0]), weak_t)
+ModernObjective.pseudo_labels = of_uneven_images
 torch.set_default_dtype(torch.float64)
 torch.Tensor.float = torch.Tensor.double
-main.run_script(main.main)
 """
 
 STOPPED = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import main
-step, steps = main.Trainer.train_step, []
+step, numbers = main.step, itertools.count(1)
 def stop_one_process(*arguments):
-    steps.append(1)
-    if len(steps) == 6 and os.environ["RANK"] == "1":
+    if next(numbers) == 6 and os.environ["RANK"] == "1":
         signal.raise_signal(signal.SIGTERM)
     return step(*arguments)
-main.Trainer.train_step = stop_one_process
-main.run_script(main.main)
+main.step = stop_one_process
 """
 
 # The threads of gloo go on only while their process waits for them: they still hold its last tensor when it ends.
 IDLE_THREADS = """
-import contextlib, os, sys
-sys.path.insert(0, {root!r})
-import main
-any_process = main.distributed.Processes.any
+import contextlib
+any_process = main.Processes.any
 def with_idle_threads(self, flag):
     cpus = sorted(os.sched_getaffinity(0))
     for thread in os.listdir("/proc/self/task"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended since
             os.sched_setaffinity(int(thread), cpus[self.rank % len(cpus) :][:1])
-            with open(f"/proc/self/task/{{thread}}/comm") as name:
+            with open(f"/proc/self/task/{thread}/comm") as name:
                 if "gloo" in name.read():
                     os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
     return any_process(self, flag)
-main.distributed.Processes.any = with_idle_threads
-main.run_script(main.main)
+main.Processes.any = with_idle_threads
+"""
+
+CLOCKS_THAT_DIFFER = """
+import methods.options
+class Clock(methods.options.datetime):
+    @classmethod
+    def now(cls):
+        return cls(2030, 1, 1, 0, 0, 10 + rank)
+methods.options.datetime = Clock
+"""
+
+JOINED = """
+from utils.distributed import JoinedBatchNorm, join
+def normalise():
+    with join(torch.device("cpu")) as processes:
+        given = torch.load("given.pt")
+        layer = JoinedBatchNorm(4)
+        layer.load_state_dict(given["state"])
+        x = given["x"][processes.part(len(given["x"]))].requires_grad_()
+        y = layer(x)
+        (y * given["weights"][processes.part(len(given["x"]))]).sum().backward()
+        found = {"y": y.detach(), "x.grad": x.grad, "state": layer.state_dict()}
+        found["grads"] = [processes.mean_(value.grad.clone()) for value in layer.parameters()]
+        torch.save(found, f"found{rank}.pt")
+main.main = normalise
 """
 
 
-def launch(processes: int, *arguments, script="main.py") -> subprocess.CompletedProcess:
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, str(script), *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True,
-        timeout=300,
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """Run main.py in several processes, after some code in each; returns their exit codes and what they said."""
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
 
+    def run(processes, *arguments, code="", folder=None):
+        folder = folder or tmp_path_factory.mktemp("launched")
+        job = {"processes": processes, "arguments": [*map(str, arguments)], "code": code, "folder": str(folder)}
+        print(json.dumps(job), file=launcher.stdin, flush=True)
+        codes = json.loads(launcher.stdout.readline())
+        return codes, "".join((folder / f"{rank}.err").read_text() for rank in range(processes))
 
-def train(processes: int, folder: Path, data: Path, *arguments, script="main.py") -> subprocess.CompletedProcess:
-    return launch(processes, *arguments, *MACHINE, "--data-dir", data, "--run-dir", folder, script=script)
+    yield run
+    launcher.stdin.close()
+    launcher.stdout.close()
+    assert launcher.wait(timeout=30) == 0
 
 
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
 def two(tiny_data, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
-    """The folder and the output of an uninterrupted run of two processes."""
+    """The folder and the output of an uninterrupted run of two processes, which torchrun has started."""
     folder = tmp_path_factory.mktemp("two") / "run"
-    done = train(2, folder, tiny_data, *BATCH_NORMED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py"]
+    command += [*BATCH_NORMED, *MACHINE, "--data-dir", str(tiny_data), "--run-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return folder, done
 
 
-def assert_alike(one: Path, other: Path, rel=2e-4, rtol=2e-3, atol=2e-4) -> None:
-    """The same losses in every epoch and the same weights; without bounds of its own to the rounding of fp32."""
-    keys = ("epoch", "p", "lambda_p", "learning_rate", "loss_label", "loss_domain", "domain_accuracy")
-    keys += ("loss_teacher", "teacher_share")
-    for ours, theirs in zip(metrics(one), metrics(other), strict=True):
-        for key in keys:
-            close = ours[key] is None if theirs[key] is None else ours[key] == pytest.approx(theirs[key], rel=rel)
-            assert close, (key, ours[key], theirs[key])
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, other))
+def assert_alike(one: Path, other: Path, rel: float, rtol: float, atol: float) -> None:
+    """The same losses in every epoch and the same weights."""
+    keys = {"epoch", "p", "lambda_p", "learning_rate", "loss_label", "loss_domain", "domain_accuracy"}
+    keys |= {"loss_teacher", "teacher_share"}
+    for ours, theirs in zip(records_of(one), records_of(other), strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in keys & ours.keys():
+            assert ours[key] == pytest.approx(theirs[key], rel=rel), key
+    ours, theirs = weights_of(one), weights_of(other)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=rtol, atol=atol, msg=name)
 
 
-def test_two_processes_give_the_losses_of_one(two, tiny_data, tmp_path):
-    done = train(1, tmp_path / "one", tiny_data, *BATCH_NORMED)
-    assert done.returncode == 0, done.stderr
-    assert_alike(two[0], tmp_path / "one")
+def test_two_processes_give_the_losses_of_one(two, launch, tiny_data, tmp_path):
+    codes, said = launch(1, *BATCH_NORMED, *MACHINE, "--data-dir", tiny_data, "--run-dir", tmp_path / "one")
+    assert codes == [0], said
+    assert_alike(two[0], tmp_path / "one", rel=2e-4, rtol=2e-3, atol=2e-4)  # the rounding of fp32
 
 
-@pytest.mark.parametrize("settings", [WARM, TAUGHT], ids=["warm start", "teacher"])
-def test_two_processes_adapt_like_one(settings, tiny_data, tmp_path):
-    script = tmp_path / "double.py"
-    script.write_text(DOUBLE.format(root=str(ROOT)))
+@pytest.mark.parametrize("settings", [WARM, FROZEN, TAUGHT], ids=["warm start", "frozen from the start", "teacher"])
+def test_two_processes_adapt_like_one(settings, launch, tiny_data, tmp_path):
     for processes in (1, 2):
-        done = train(processes, tmp_path / str(processes), tiny_data, *settings, script=script)
-        assert done.returncode == 0, done.stderr
+        folder = tmp_path / str(processes)
+        codes, said = launch(processes, *settings, *MACHINE, "--data-dir", tiny_data, "--run-dir", folder, code=DOUBLE)
+        assert codes == [0] * processes, said
     assert_alike(tmp_path / "2", tmp_path / "1", rel=1e-9, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sets the scheduling of threads as Linux does")
-def test_processes_end_in_order_though_the_threads_of_gloo_lag(tiny_data, tmp_path):
-    script = tmp_path / "idle_threads.py"
-    script.write_text(IDLE_THREADS.format(root=str(ROOT)))
+def test_processes_end_in_order_though_the_threads_of_gloo_lag(launch, tiny_data, tmp_path):
     for attempt in range(2):  # the fault that this would find shows up in two of three
-        done = train(2, tmp_path / str(attempt), tiny_data, *BATCH_NORMED, "--dry-run", script=script)
-        assert done.returncode == 0, done.stderr
+        arguments = (*BATCH_NORMED, *MACHINE, "--dry-run", "--data-dir", tiny_data)
+        codes, said = launch(2, *arguments, "--run-dir", tmp_path / str(attempt), code=IDLE_THREADS)
+        assert codes == [0, 0], said
 
 
 def test_one_process_writes_and_speaks_and_the_result_says_how_many(two):
     folder, done = two
-    assert [record["epoch"] for record in metrics(folder)] == [1, 2]
+    assert [record["epoch"] for record in records_of(folder)] == [1, 2]
     assert len(list((folder / "tensorboard").glob("*tfevents*"))) == 1
     result = json.loads((folder / "result.json").read_text())
-    assert result["processes"] == 2
+    assert (result["processes"], result["threads"]) == (2, 1)
     assert json.loads(done.stdout.splitlines()[-1])["processes"] == 2
     assert done.stdout.count("correct / total") == 1
     assert done.stderr.count("parameters:") == 1
-    assert "1 threads in each of 2 processes" in done.stderr
+    assert "1 thread in each of 2 processes" in done.stderr
     assert done.stderr.count("epoch   2/2") == 1
 
 
-def test_interrupted_and_resumed_two_process_run_ends_with_the_same_bits(two, tiny_data, tmp_path):
+def test_an_interrupted_run_of_two_processes_goes_on_to_the_same_bits(two, launch, tiny_data, tmp_path):
     """One of the two processes is told to stop within the second epoch; both do, at the same step."""
-    script, folder = tmp_path / "stopped.py", tmp_path / "run"
-    script.write_text(STOPPED.format(root=str(ROOT)))
-    done = train(2, folder, tiny_data, *BATCH_NORMED, script=script)
-    assert done.returncode != 0
-    assert f"torchrun --nproc_per_node=2 {os.path.relpath(script, ROOT)} --resume {folder}" in done.stderr
+    folder = tmp_path / "run"
+    codes, said = launch(2, *BATCH_NORMED, *MACHINE, "--data-dir", tiny_data, "--run-dir", folder, code=STOPPED)
+    assert codes == [130, 130], said
+    command = f"torchrun --nproc_per_node=2 main.py --resume {folder}"
+    assert command in said
     assert not (folder / "result.json").exists()
     state = torch.load(folder / "last.pt", weights_only=True)
     assert (state["epoch"], state["step"]) == (1, 2)
 
-    refused = launch(1, "--resume", folder, "--data-dir", tiny_data, "--no-download", "--device", "cpu")
-    assert refused.returncode == 1
-    assert "was trained by 2 processes, not 1" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    resume = ("--resume", folder, "--data-dir", tiny_data, "--no-download", "--device", "cpu", "--threads", "1")
+    codes, said = launch(1, *resume)
+    assert codes == [1]
+    assert f"`{command.removesuffix(str(folder))}" in said
+    assert "Traceback" not in said
 
-    options = ("--data-dir", tiny_data, "--no-download", "--device", "cpu", "--threads", "1")
-    done = launch(2, "--resume", folder, *options)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((folder / "result.json").read_text())["processes"] == 2
-    ours, theirs = (load_file(path / "model.safetensors") for path in (folder, two[0]))
+    codes, said = launch(2, *resume)
+    assert codes == [0, 0], said
+    ours, theirs = weights_of(folder), weights_of(two[0])
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert [r["loss_label"] for r in metrics(folder)] == [r["loss_label"] for r in metrics(two[0])]
+    assert [r["loss_label"] for r in records_of(folder)] == [r["loss_label"] for r in records_of(two[0])]
 
 
-def test_batch_that_cannot_be_split_is_refused(tiny_data, tmp_path):
-    done = train(2, tmp_path / "run", tiny_data, *BATCH_NORMED[:-1], "15")
-    assert done.returncode == 1
-    assert "error: --batch-size 15 can't be split between 2 processes" in done.stderr
+def test_processes_whose_clocks_differ_share_a_folder(launch, tiny_data, tmp_path):
+    """Without --run-dir its name has the time: that of the process that writes."""
+    arguments = (*BATCH_NORMED, *MACHINE, "--dry-run", "--data-dir", tiny_data)
+    codes, said = launch(2, *arguments, code=CLOCKS_THAT_DIFFER, folder=tmp_path)
+    assert codes == [0, 0], said
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.endswith("20300101-000010")
+    assert (folder / "result.json").exists()
+
+
+def test_a_batch_that_cannot_be_split_is_refused(monkeypatch, fail, tiny_data, tmp_path):
+    @contextmanager
+    def join_another(device):
+        yield Processes(0, 2)
+
+    monkeypatch.setattr(main.distributed, "join", join_another)
+    arguments = (*BATCH_NORMED[:-1], "15", "--data-dir", tiny_data, "--run-dir", tmp_path / "run", "--device", "cpu")
+    assert "--batch-size 15" in fail(main, *arguments)
     assert not (tmp_path / "run").exists()
 
 
+# --- a process among others -------------------------------------------------------------------------
+
+
 def test_a_lone_process_needs_nobody():
-    with join(torch.device("cpu")) as processes:
+    with join(CPU) as processes:
         assert processes == Processes(0, 1)
         assert processes.writes
-        assert processes.share(10) == slice(0, 10)
+        assert processes.part(10) == slice(0, 10)
         assert processes.any(True) is True
         assert processes.any(False) is False
         assert processes.gather("state") == ["state"]
+        assert processes.from_first("name") == "name"
         assert processes.first_alone(lambda: 3) == 3
         values = torch.ones(3)
         assert processes.mean_(values) is values
 
 
-def test_shares_are_the_batch():
-    parts = [list(range(12))[Processes(rank, 3).share(12)] for rank in range(3)]
+def test_parts_are_the_batch():
+    parts = [list(range(12))[Processes(rank, 3).part(12)] for rank in range(3)]
     assert parts == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
-def test_processes_that_share_no_device_are_refused(monkeypatch):
-    for key, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(key, value)
-    with pytest.raises(UserError, match="--device cpu"), join(torch.device("mps")):
-        pass
-
-
-def test_more_processes_than_gpus_are_refused(monkeypatch):
+@pytest.mark.parametrize(("device", "told"), [("mps", "--device cpu"), ("cuda", "1 GPU")])
+def test_processes_that_can_share_no_device_are_refused(monkeypatch, device, told):
     for key, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="this machine has 1 GPUs"), join(torch.device("cuda")):
+    with pytest.raises(UserError, match=told), join(torch.device(device)):
         pass
 
 
-def test_joined_batch_norm_of_one_process_is_batch_norm(tmp_path):
-    """In a group of one the joined statistics are the ordinary ones: outputs, gradients, running values, eval mode."""
+# --- batch norm over all of them --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mean", "deviation", "tolerance"),
+    [(1.0, 3.0, 1e-5), (1e4, 1e-2, 0.15)],  # fp32 rounds the latter's means by up to a tenth of the deviation
+    ids=["ordinary", "large mean, tiny variance"],
+)
+def test_joined_batch_norm_is_that_of_the_joined_batch(launch, tmp_path, mean, deviation, tolerance):
+    """Against torch's in float64: outputs, gradients, running values."""
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.LazyLinear(4), nn.BatchNorm1d(4))
-    x = torch.randn(6, 3, 8, 8) * 3 + 1
-    plain(x)
-    joined = copy.deepcopy(plain)
-    join_batch_norms(joined)
-    assert sum(isinstance(layer, JoinedBatchNorm) for layer in joined) == 2
-    assert joined.state_dict().keys() == plain.state_dict().keys()
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        for model in (plain, joined):
-            model.zero_grad()
-            model(x).square().sum().add(model(x)[0].sum()).backward()
-        for (name, ours), theirs in zip(joined.named_parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4, msg=name)
-        torch.testing.assert_close(joined.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(joined.eval()(x), plain.eval()(x))
-    finally:
-        torch.distributed.destroy_process_group()
+    x, weights = torch.randn(2, 12, 4, 5, 5)
+    x = x * deviation + mean
+    layer = nn.BatchNorm2d(4)
+    nn.init.uniform_(layer.weight, 0.5, 1)
+    nn.init.uniform_(layer.bias, -1, 1)
+    torch.save({"x": x, "weights": weights, "state": layer.state_dict()}, tmp_path / "given.pt")
+    codes, said = launch(2, code=JOINED, folder=tmp_path)
+    assert codes == [0, 0], said
+
+    layer, x = layer.double(), x.double().requires_grad_()
+    y = layer(x)
+    (y * weights).sum().backward()
+    found = [torch.load(tmp_path / f"found{rank}.pt") for rank in range(2)]
+    for key, expected in (("y", y), ("x.grad", x.grad * deviation)):
+        ours = torch.cat([part[key] for part in found]).double() * (deviation if key == "x.grad" else 1)
+        torch.testing.assert_close(ours, expected.detach(), rtol=0, atol=tolerance)
+    for part in found:
+        for ours, parameter in zip(part["grads"], layer.parameters(), strict=True):
+            torch.testing.assert_close(2 * ours.double(), parameter.grad, rtol=tolerance, atol=100 * tolerance)
+        for name, value in layer.state_dict().items():
+            torch.testing.assert_close(part["state"][name].to(value), value, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("device", "kind"), [("cpu", JoinedBatchNorm), ("cuda", nn.SyncBatchNorm)])
+def test_every_batch_norm_is_joined_and_keeps_what_it_had(device, kind):
+    model = build_network("quick")
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.running_mean.normal_()
+            nn.init.uniform_(module.weight)
+    joined = copy.deepcopy(model)
+    join_batch_norms(joined, torch.device(device))
+    norms = [module for module in joined.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert [type(norm) for norm in norms] == [kind] * 4
+    assert joined.state_dict().keys() == model.state_dict().keys()
+    for ours, theirs in zip(joined.state_dict().values(), model.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    x = torch.rand(6, 3, 32, 32)
+    torch.testing.assert_close(joined.eval()(x), model.eval()(x))

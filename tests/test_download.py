@@ -15,32 +15,34 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from torchvision import datasets
 
 import download_data
-from utils import data_files
+from digits import files
+from digits.files import DATA_FILES, DataFile, fetch
 from utils import download as download_module
-from utils.cli import Interrupted, UserError
-from utils.data_files import DATA_FILES, DataFile, md5_of
+from utils.cli import UserError
 from utils.download import download
+from utils.files import checksum
 
-ROOT = Path(__file__).resolve().parent.parent
 CONTENT = random.Random(0).randbytes(300_000)
 MD5 = hashlib.md5(CONTENT).hexdigest()
 CHECKSUM = f"md5:{MD5}"
+SHIPPED_LIMIT, SHIPPED_TIMEOUT = download_module.SILENCE_SECONDS, download_module.TIMEOUT_SECONDS
 
 
 class Site(http.server.ThreadingHTTPServer):
-    """A site on localhost; the test sets its faults and reads what it was asked for."""
+    """A site on localhost; the test sets its faults and looks at what it was asked for."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), SiteHandler)
         self.files = {"/file": CONTENT}
-        self.ranges_known = True
-        self.says_length = True
+        self.ranges_known = self.says_length = True
         self.break_after = []  # bytes to send before the connection is cut, one entry a request
-        self.stalls = False  # instead of cutting, say nothing more
+        self.stalls = False  # instead of cutting, send nothing more
         self.hangs = False  # never answer
         self.answers_after_seconds = 0
         self.requests = []  # (path, Range header or None)
@@ -57,35 +59,22 @@ class Site(http.server.ThreadingHTTPServer):
 
 class SiteHandler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        site = self.server
-        asked = self.headers.get("Range")
+        site, asked, site.agent = self.server, self.headers.get("Range"), self.headers.get("User-Agent")
         site.requests.append((self.path, asked))
-        site.agent = self.headers.get("User-Agent")
-        if site.hangs:
-            site.closing.wait(20)
-            return
-        site.closing.wait(site.answers_after_seconds)
-        if self.path not in site.files:
-            self.send_error(404)
-            return
-        content = site.files[self.path]
+        site.closing.wait(20 if site.hangs else site.answers_after_seconds)
+        content = site.files.get(self.path)
         start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and site.ranges_known else 0
-        if start and start >= len(content):
-            self.send_error(416)
+        if site.hangs or content is None or (start and start >= len(content)):
+            self.send_error(404 if content is None else 416)
             return
         self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         if site.says_length:
             self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
-        body = content[start:]
-        if site.break_after:
-            body = body[: site.break_after.pop(0)]
+        body = content[start:][: site.break_after.pop(0) if site.break_after else None]
         site.bytes_sent += len(body)
         self.wfile.write(body)
-        if site.stalls:
-            site.closing.wait(20)
+        site.closing.wait(20 if site.stalls else 0)
 
     def log_message(self, *args):
         pass
@@ -93,11 +82,12 @@ class SiteHandler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(autouse=True)
 def _plain_environment(monkeypatch):
-    """No proxy and no mirror of the user's own, and seconds instead of half minutes."""
+    """No proxy and no mirror of the user's own, and fractions of seconds instead of half minutes."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.delenv("DANN_MIRROR", raising=False)
     monkeypatch.setattr(download_module, "SILENCE_SECONDS", 2.0)
+    monkeypatch.setattr(download_module, "TIMEOUT_SECONDS", 0.3)
 
 
 @pytest.fixture
@@ -132,28 +122,24 @@ def files_below(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
 
 
-def use_files(monkeypatch, *files):
-    monkeypatch.setattr(data_files, "DATA_FILES", {"usps": files})
+def use_files(monkeypatch, *replaced):
+    monkeypatch.setattr(files, "DATA_FILES", {"usps": replaced})
 
 
 # --- one file ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("says_length", [True, False])
-def test_plain_download_into_a_new_folder(site, tmp_path, says_length):
+@pytest.mark.parametrize("algorithm", ["md5", "sha256"])
+def test_plain_download_into_a_new_folder(site, tmp_path, says_length, algorithm):
     site.says_length = says_length
-    path = tmp_path / "new" / "folder" / "file"
-    download([site.url()], path, CHECKSUM)
-    assert path.read_bytes() == CONTENT
+    expected = hashlib.new(algorithm, CONTENT).hexdigest()
+    download([site.url()], tmp_path / "new" / "folder" / "file", f"{algorithm}:{expected}")
+    assert (tmp_path / "new" / "folder" / "file").read_bytes() == CONTENT
+    with pytest.raises(UserError, match="checksum"):
+        download([site.url()], tmp_path / "wrong", f"{algorithm}:{'0' * len(expected)}")
     assert files_below(tmp_path) == ["new/folder/file"]
     assert "urllib" not in site.agent
-
-
-def test_sha256_is_checked_too(site, tmp_path):
-    download([site.url()], tmp_path / "right", "sha256:" + hashlib.sha256(CONTENT).hexdigest())
-    with pytest.raises(UserError, match="checksum"):
-        download([site.url()], tmp_path / "wrong", "sha256:" + "0" * 64)
-    assert files_below(tmp_path) == ["right"]
 
 
 def test_a_file_with_the_right_checksum_is_left_alone_and_another_replaced(site, tmp_path):
@@ -177,7 +163,7 @@ def test_broken_connections_are_resumed_and_no_byte_comes_twice(site, tmp_path):
 def test_a_second_call_resumes_what_the_first_one_kept(site, tmp_path):
     path = tmp_path / "file"
     site.break_after = [10_000] * 4
-    with pytest.raises(UserError, match=r"broke off.*40,000 bytes are kept in .*file\.part.*run it again, it resumes"):
+    with pytest.raises(UserError, match=r"40,000 bytes .*file\.part.*run it again"):
         download([site.url()], path, CHECKSUM, again="it")
     assert len(site.requests) == 4  # one and three retries
     assert files_below(tmp_path) == ["file.part"]
@@ -187,32 +173,18 @@ def test_a_second_call_resumes_what_the_first_one_kept(site, tmp_path):
     assert site.bytes_sent == len(CONTENT)
 
 
-def test_a_mirror_resumes_what_the_first_site_broke_off(make_site, tmp_path):
-    first, mirror = make_site(), make_site()
-    first.break_after = [1000] * 4
-    download([first.url(), mirror.url()], tmp_path / "file", CHECKSUM)
-    assert (tmp_path / "file").read_bytes() == CONTENT
-    assert mirror.requests == [("/file", "bytes=4000-")]
-
-
-def test_a_stalled_connection_is_resumed(site, tmp_path):
-    site.stalls = True
+@pytest.mark.parametrize("fault", ["stalls", "knows no ranges"])
+def test_what_was_broken_off_is_had_in_a_second_request(site, tmp_path, fault):
+    """Also where the server then sends the whole file again."""
+    site.stalls, site.ranges_known = fault == "stalls", fault == "stalls"
     site.break_after = [100_000]
-    download([site.url()], tmp_path / "file", CHECKSUM, timeout_seconds=0.3)
+    download([site.url()], tmp_path / "file", CHECKSUM)
     assert (tmp_path / "file").read_bytes() == CONTENT
     assert [asked for _, asked in site.requests] == [None, "bytes=100000-"]
 
 
-def test_a_server_that_ignores_range_is_read_from_the_start(site, tmp_path):
-    site.ranges_known = False
-    site.break_after = [100_000]
-    download([site.url()], tmp_path / "file", CHECKSUM)
-    assert (tmp_path / "file").read_bytes() == CONTENT
-    assert [asked for _, asked in site.requests] == [None, "bytes=100000-"]  # the second answered by 200
-
-
 @pytest.mark.parametrize("kept", [CONTENT, CONTENT + b"more", b"wrong" * 1000], ids=["whole", "too long", "wrong"])
-def test_odd_partial_files_are_mended(site, tmp_path, kept):
+def test_wrong_partial_files_are_replaced(site, tmp_path, kept):
     (tmp_path / "file.part").write_bytes(kept)
     download([site.url()], tmp_path / "file", CHECKSUM)
     assert (tmp_path / "file").read_bytes() == CONTENT
@@ -222,93 +194,68 @@ def test_odd_partial_files_are_mended(site, tmp_path, kept):
 
 def test_wrong_content_is_refused_and_leaves_nothing(site, tmp_path):
     site.files["/file"] = CONTENT[:-1] + b"?"
-    with pytest.raises(UserError, match=r"checksum.*run .*copy the file to .*file by hand"):
-        download([site.url()], tmp_path / "file", CHECKSUM)
+    with pytest.raises(UserError, match="checksum") as refused:
+        download([site.url()], tmp_path / "file", CHECKSUM, again="it")
+    assert "run it again" in str(refused.value)
+    assert str(tmp_path / "file") in str(refused.value), "where it can be put by hand"
     assert files_below(tmp_path) == []
     assert len(site.requests) == 1
 
 
-@pytest.mark.parametrize("fault", ["wrong content", "404", "refused", "hangs"])
+@pytest.mark.parametrize("fault", ["wrong content", "404", "refused", "hangs", "breaks off"])
 def test_the_mirror_takes_over(make_site, refused_url, tmp_path, fault):
+    """Where the first site broke off, it resumes what that one has sent."""
     bad, mirror = make_site(), make_site()
-    bad.hangs = fault == "hangs"
-    bad.files = {"/file": b"something else"} if fault == "wrong content" else {}
-    first = refused_url if fault == "refused" else bad.url()
-    download([first, mirror.url()], tmp_path / "file", CHECKSUM, timeout_seconds=0.3)
+    bad.hangs, bad.break_after = fault == "hangs", [1000] * 4 if fault == "breaks off" else []
+    bad.files = {"wrong content": {"/file": b"something else"}, "breaks off": bad.files}.get(fault, {})
+    download([refused_url if fault == "refused" else bad.url(), mirror.url()], tmp_path / "file", CHECKSUM)
     assert (tmp_path / "file").read_bytes() == CONTENT
     assert files_below(tmp_path) == ["file"]
-    assert mirror.requests == [("/file", None)]
+    assert mirror.requests == [("/file", "bytes=4000-" if fault == "breaks off" else None)]
 
 
 def test_a_slow_mirror_has_its_share_of_the_time(make_site, tmp_path, monkeypatch):
     bad, mirror = make_site(), make_site()
     bad.hangs = True
     mirror.answers_after_seconds = 0.3
-    monkeypatch.setattr(download_module, "SILENCE_SECONDS", 1.4)
-    download([bad.url(), mirror.url()], tmp_path / "file", CHECKSUM, timeout_seconds=10)
+    monkeypatch.setattr(download_module, "TIMEOUT_SECONDS", 10)
+    download([bad.url(), mirror.url()], tmp_path / "file", CHECKSUM)
     assert (tmp_path / "file").read_bytes() == CONTENT
 
 
-def test_refused_connections_are_said_at_once(refused_url, tmp_path):
-    began = time.monotonic()
-    with pytest.raises(UserError, match=r"Connection refused\): check the network and run .* again"):
-        download([refused_url] * 3, tmp_path / "file", CHECKSUM)
-    assert time.monotonic() - began < 1
-    assert files_below(tmp_path) == []
-
-
-@pytest.mark.parametrize("silent", ["server", "name look-up"])
+@pytest.mark.parametrize("silent", ["server", "server after some bytes", "name look-up"])
 def test_silence_ends_within_the_total_whatever_the_number_of_addresses(site, tmp_path, monkeypatch, silent):
-    site.hangs = True
     urls = [site.url()] * 8
+    site.hangs, site.stalls = silent == "server", silent == "server after some bytes"
+    site.break_after = [1000] + [0] * 8 if site.stalls else []
     if silent == "name look-up":
         monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: site.closing.wait(20))
         urls = ["http://digits.invalid/file"] * 8
     monkeypatch.setattr(download_module, "SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr(download_module, "TIMEOUT_SECONDS", 10)
     began = time.monotonic()
     with pytest.raises(UserError, match="no answer"):
-        download(urls, tmp_path / "file", CHECKSUM, timeout_seconds=10)
-    assert time.monotonic() - began < 3
-    assert files_below(tmp_path) == []
-    assert silent != "server" or len(site.requests) == 8  # each had its share
-
-
-def test_the_shipped_limit_on_silence_is_below_30_seconds():
-    source = (ROOT / "utils" / "download.py").read_text()
-    assert float(re.search(r"^SILENCE_SECONDS = ([\d.]+)", source, re.MULTILINE)[1]) < 30
+        download(urls, tmp_path / "file", CHECKSUM)
+    assert time.monotonic() - began < 2
+    assert silent == "name look-up" or len(site.requests) == 8 + site.stalls  # each had its share
+    assert SHIPPED_LIMIT < 30
 
 
 def test_a_folder_that_cannot_be_made(site, tmp_path):
     (tmp_path / "occupied").write_text("a file")
-    with pytest.raises(UserError, match=r"cannot use .*occupied.sub.file .*choose another folder"):
-        download([site.url()], tmp_path / "occupied" / "sub" / "file", CHECKSUM)
+    path = tmp_path / "occupied" / "sub" / "file"
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        download([site.url()], path, CHECKSUM)
     assert site.requests == []
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_leaves_nothing(site, tmp_path):
     (tmp_path / "file.part").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"no space left for .*file: free some and run"):
-        download([site.url()], tmp_path / "file", CHECKSUM)
+    with pytest.raises(UserError, match=r"space .*file"):
+        download([site.url(), site.url()], tmp_path / "file", CHECKSUM)
     assert files_below(tmp_path) == []
     assert len(site.requests) == 1  # a mirror would not help
-
-
-def test_ctrl_c_keeps_the_partial_file_and_says_so(site, tmp_path, monkeypatch):
-    read = download_module._read
-
-    def interrupted_read(response, received_bytes):
-        if received_bytes:
-            raise KeyboardInterrupt
-        return read(response, received_bytes)
-
-    monkeypatch.setattr(download_module, "_read", interrupted_read)
-    with pytest.raises(Interrupted, match=r"bytes are kept in .*file\.part, run it again, it resumes"):
-        download([site.url()], tmp_path / "file", CHECKSUM, again="it")
-    kept = (tmp_path / "file.part").read_bytes()
-    assert kept
-    assert kept == CONTENT[: len(kept)]
-    assert files_below(tmp_path) == ["file.part"]
 
 
 def test_two_at_once_do_not_spoil_each_other(site, tmp_path):
@@ -327,49 +274,40 @@ def test_two_at_once_do_not_spoil_each_other(site, tmp_path):
 
 def test_fetch_downloads_what_is_missing_and_the_second_time_nothing(site, tmp_path, monkeypatch, capsys):
     use_files(monkeypatch, DataFile("a/file", MD5, (site.url(),)), DataFile("b/file", MD5, (site.url(),)))
-    assert [file.path for file in download_data.missing_files("usps", tmp_path)] == ["a/file", "b/file"]
-    download_data.fetch(["usps", "synth"], tmp_path)
-    assert files_below(tmp_path) == ["a/file", "b/file"]
-    assert len(site.requests) == 2
-    assert download_data.missing_files("usps", tmp_path) == []
-    download_data.fetch(["usps"], tmp_path)
-    assert len(site.requests) == 2
+    for _ in range(2):
+        fetch(["usps", "synth"], tmp_path)
+        assert files_below(tmp_path) == ["a/file", "b/file"]
+        assert len(site.requests) == 2
     assert capsys.readouterr().out == ""  # stdout belongs to the script that calls
 
 
 def test_the_script_says_already_there_the_second_time(site, tmp_path, monkeypatch, capsys):
     use_files(monkeypatch, DataFile("file", MD5, (site.url(),)))
     monkeypatch.setattr(sys, "argv", ["download_data.py", "usps", "--data-dir", str(tmp_path)])
-    download_data.main()
-    first = capsys.readouterr().out
-    assert "downloaded" in first
-    assert "300,000 bytes" in first
-    assert "licence: for research" in first
-    download_data.main()
-    second = capsys.readouterr()
-    assert "already there" in second.out
-    assert "downloaded" not in second.out
-    assert second.err == ""
+    for state in ("downloaded", "already there"):
+        download_data.main()
+        shown = capsys.readouterr()
+        assert all(words in shown.out for words in (state, "300,000 bytes", "licence: for research"))
+    assert shown.err == ""
     assert len(site.requests) == 1
 
 
 def test_another_file_under_the_name_is_left_alone_with_one_line(site, tmp_path, monkeypatch, capsys):
     use_files(monkeypatch, DataFile("file", MD5, (site.url(),)))
     (tmp_path / "file").write_bytes(b"a subset")
-    download_data.fetch(["usps"], tmp_path)
+    fetch(["usps"], tmp_path)
     assert (tmp_path / "file").read_bytes() == b"a subset"
     assert site.requests == []
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert re.search(r"file is not the official file .* delete it and run `python download_data.py usps ", lines[0])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "file") in line
+    assert f"`python download_data.py usps --data-dir {tmp_path}`" in line
 
 
 def test_an_unpacked_mnist_file_counts_as_there(site, tmp_path, monkeypatch):
     use_files(monkeypatch, DataFile("MNIST/raw/t10k-labels-idx1-ubyte.gz", MD5, (site.url(),)))
     (tmp_path / "MNIST/raw").mkdir(parents=True)
     (tmp_path / "MNIST/raw/t10k-labels-idx1-ubyte").write_bytes(b"unpacked")
-    assert download_data.missing_files("usps", tmp_path) == []
-    download_data.fetch(["usps"], tmp_path)
+    fetch(["usps"], tmp_path)
     assert site.requests == []
 
 
@@ -378,57 +316,40 @@ def test_the_users_own_mirror_is_tried_first(make_site, tmp_path, monkeypatch):
     own.files = {"/digits/sub/file": CONTENT}
     monkeypatch.setenv("DANN_MIRROR", own.url("/digits/"))
     use_files(monkeypatch, DataFile("sub/file", MD5, (official.url(),)))
-    download_data.fetch(["usps"], tmp_path)
+    fetch(["usps"], tmp_path)
     assert own.requests == [("/digits/sub/file", None)]
     assert official.requests == []
     monkeypatch.setenv("DANN_MIRROR", "/some/folder")
     (tmp_path / "sub/file").unlink()
-    with pytest.raises(UserError, match="DANN_MIRROR is /some/folder: set it to a base URL"):
-        download_data.fetch(["usps"], tmp_path)
+    with pytest.raises(UserError, match=r"DANN_MIRROR.*/some/folder.*https?://"):
+        fetch(["usps"], tmp_path)
 
 
-def test_a_failed_fetch_names_the_command_that_resumes(site, tmp_path, monkeypatch):
-    use_files(monkeypatch, DataFile("file", MD5, (site.url(),)))
-    site.break_after = [1000] * 4
-    expected = f"run `python download_data.py usps --data-dir {tmp_path}` again, it resumes"
-    with pytest.raises(UserError, match=re.escape(expected)):
-        download_data.fetch(["usps"], tmp_path)
-
-
-def test_every_official_file_has_a_checksum_and_addresses_of_its_own():
-    files = [file for group in DATA_FILES.values() for file in group]
-    assert sorted(DATA_FILES) == ["mnist", "svhn", "usps"]
-    assert len(files) == len({file.path for file in files}) == len({file.md5 for file in files}) == 8
-    for file in files:
-        assert re.fullmatch("[0-9a-f]{32}", file.md5)
+def test_the_table_agrees_with_torchvision_and_has_addresses_of_each_file():
+    everything = [file for group in DATA_FILES.values() for file in group]
+    theirs = dict(datasets.MNIST.resources)
+    for split in ("train", "test"):
+        for dataset in (datasets.SVHN, datasets.USPS):
+            _, name, md5 = dataset.split_list[split]
+            theirs[name] = md5
+    assert len(everything) == len(theirs) == 8
+    assert {Path(file.path).name: file.md5 for file in everything} == theirs
+    for file in everything:
         assert file.urls
         assert all(url.startswith("http") and url.endswith("/" + Path(file.path).name) for url in file.urls)
 
 
-def test_the_table_agrees_with_torchvision():
-    datasets = pytest.importorskip("torchvision.datasets")
-    ours = {Path(file.path).name: file.md5 for group in DATA_FILES.values() for file in group}
-    theirs = dict(datasets.MNIST.resources)
-    for split in ("train", "test"):
-        for reader in (datasets.SVHN, datasets.USPS):
-            _, name, md5 = reader.split_list[split]
-            theirs[name] = md5
-    assert ours == theirs
-
-
-@pytest.mark.skipif("DANN_DATA_DIR" not in os.environ, reason="DANN_DATA_DIR names no folder with the real files")
-def test_real_files_are_recognised_without_a_network(monkeypatch, capsys, refused_url):
-    folder = Path(os.environ["DANN_DATA_DIR"])
+def test_real_files_are_recognised_without_a_network(real_data, monkeypatch, capsys, refused_url):
     offline = {
         name: tuple(dataclasses.replace(file, urls=(refused_url,)) for file in DATA_FILES[name])
         for name in ("mnist", "usps")
     }
-    monkeypatch.setattr(data_files, "DATA_FILES", offline)
-    download_data.fetch(["mnist", "usps"], folder)  # would raise if it tried to download
+    monkeypatch.setattr(files, "DATA_FILES", offline)
+    fetch(["mnist", "usps"], real_data)  # would raise if it tried to download
     said = capsys.readouterr().err
     for file in (*DATA_FILES["mnist"], *DATA_FILES["usps"]):
-        path = folder / file.path
-        official = not path.exists() or md5_of(path) == file.md5  # absent: MNIST unpacked
+        path = real_data / file.path
+        official = not path.exists() or checksum(path, "md5") == file.md5  # absent: MNIST unpacked
         assert (f"{path} is not the official file" in said) == (not official)
         assert official or file in DATA_FILES["usps"]  # copies of USPS packed anew are about
 
@@ -444,12 +365,9 @@ def run_command(tmp_path, refused_url):
         proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), refused_url)
         return start(
             [sys.executable, str(ROOT / "download_data.py"), *arguments],
-            cwd=tmp_path,
-            env={**os.environ, **proxies, **environment},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+            cwd=tmp_path, env={**os.environ, **proxies, **environment},
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
 
     return run
 
@@ -464,10 +382,13 @@ def test_wrong_content_ends_the_command_with_one_line(site, tmp_path, run_comman
     done = run_command("mnist", "--data-dir", "digits", DANN_MIRROR=site.url(""))
     assert done.returncode == 1
     (line,) = error_lines(done.stderr)
-    assert line.startswith("error: cannot download train-images-idx3-ubyte.gz (127.0.0.1:")
-    assert "another checksum" in line
-    assert "run `python download_data.py mnist --data-dir digits` again" in line
-    assert "by hand" in line
+    assert line.startswith("error: ")
+    for words in (
+        "train-images-idx3-ubyte.gz (127.0.0.1:",
+        "checksum",
+        "`python download_data.py mnist --data-dir digits`",
+    ):
+        assert words in line
     assert len(site.requests) == 1
     assert files_below(tmp_path) == []
 
@@ -475,15 +396,15 @@ def test_wrong_content_ends_the_command_with_one_line(site, tmp_path, run_comman
 def test_no_network_ends_the_command_with_one_line(tmp_path, run_command):
     began = time.monotonic()
     done = run_command()
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < SHIPPED_TIMEOUT, "a refusal is said at once"
     assert done.returncode == 1
     (line,) = error_lines(done.stderr)
-    assert line.startswith("error: cannot download train_32x32.mat (ufldl.stanford.edu: Connection refused)")
+    assert re.search(r"^error: .*train_32x32.mat \(ufldl.stanford.edu: Connection refused\)", line)
     assert files_below(tmp_path) == []
 
 
 @pytest.mark.parametrize("sent", [1_000, 100_000])
-def test_ctrl_c_ends_the_command_with_130_and_the_next_run_resumes(site, tmp_path, run_command, sent):
+def test_ctrl_c_ends_the_command_with_130_and_keeps_what_came(site, tmp_path, run_command, sent):
     site.files["/usps.bz2"] = CONTENT
     site.break_after = [sent]
     site.stalls = True
@@ -492,13 +413,14 @@ def test_ctrl_c_ends_the_command_with_130_and_the_next_run_resumes(site, tmp_pat
     deadline = time.monotonic() + 8  # the command itself gives a silent server ten seconds
     while not (part.exists() and part.stat().st_size == sent) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert part.stat().st_size == sent  # also what is less than a buffer
+    assert part.stat().st_size == sent  # also what is less than a buffer, were the process killed now
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == 130
     (line,) = error_lines(stderr)
-    assert re.search(rf"interrupted: {sent:,} bytes are kept in data.usps.bz2.part, run .* again, it resumes", line)
-    assert files_below(tmp_path) == [str(Path("data/usps.bz2.part"))]
+    assert re.search(rf"{sent:,} bytes .*data.usps.bz2.part, run .* again", line)
+    assert files_below(tmp_path) == ["data/usps.bz2.part"]
+    assert part.read_bytes() == CONTENT[:sent]
 
 
 def test_help_and_usage(tmp_path, run_command):
@@ -508,6 +430,7 @@ def test_help_and_usage(tmp_path, run_command):
     assert shown.stdout.count("  python download_data.py") == 2
     wrong = run_command("svnh")
     assert wrong.returncode == 2
-    assert "unknown domain 'svnh' (choose from svhn mnist usps)" in wrong.stderr
+    assert "svnh" in wrong.stderr
+    assert "svhn mnist usps" in wrong.stderr
     assert run_command("--data", "x").returncode == 2  # no abbreviations
     assert files_below(tmp_path) == []

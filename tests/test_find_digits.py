@@ -5,10 +5,10 @@ import pytest
 from compose import Composed, compose, f1, hits, overlap
 from PIL import Image, ImageDraw
 
-from data_loader import load_domain
-from utils.boxes import reading_order
-from utils.draw_digits import LEAST_SIDE, draw_digits, lay_out, side_by_side
-from utils.find_digits import find_digits, frame
+from annotate.boxes import reading_order
+from annotate.draw import LEAST_SIDE, draw_digits, lay_out, side_by_side
+from annotate.find_digits import find_digits, frame
+from digits.domains import load_domain
 
 WHITE, GREY, BLACK = (255,) * 3, (128,) * 3, (0,) * 3
 
@@ -17,10 +17,22 @@ def boxes_of(picture):
     return sorted(candidate.box for candidate in find_digits(picture))
 
 
-def draw_five(draw, x, y, ink, gap=0):
-    """A 5 of 50×80 pixels; its bar hangs `gap` pixels away from its belly."""
-    draw.line([(x + 12, y + 4), (x + 50, y + 4)], ink, 8)
-    draw.line([(x + 12, y + 9 + gap), (x + 12, y + 40), (x + 44, y + 40), (x + 44, y + 76), (x, y + 76)], ink, 8)
+def fives(size, lefts, top, paper=WHITE, ink=BLACK, gap=0, more=lambda draw: None):
+    """A page with a 5 of 50×80 pixels at each place, whose bar hangs `gap` pixels away from its belly."""
+    picture = Image.new("RGB", size, paper)
+    draw, y = ImageDraw.Draw(picture), top
+    more(draw)
+    for x in lefts:
+        draw.line([(x + 12, y + 4), (x + 50, y + 4)], ink, 8)
+        draw.line([(x + 12, y + 9 + gap), (x + 12, y + 40), (x + 44, y + 40), (x + 44, y + 76), (x, y + 76)], ink, 8)
+    return picture
+
+
+def check_fives(picture, lefts, top, least=0.8):
+    """A five is found at each of the places, and nothing else."""
+    found = boxes_of(picture)
+    assert len(found) == len(lefts), found
+    assert all(overlap(a, (x, top, x + 50, top + 80)) > least for a, x in zip(found, lefts, strict=True))
 
 
 def found_and_composed(pictures: list[Composed]) -> tuple[int, int, int]:
@@ -58,91 +70,71 @@ def test_boxes_of_real_handwriting(real_data):
 
 @pytest.mark.parametrize(("paper", "ink"), [(WHITE, BLACK), (BLACK, WHITE), ((120, 160, 90), (60, 30, 110))])
 def test_places_in_either_polarity(paper, ink):
-    picture = Image.new("RGB", (300, 200), paper)
-    draw = ImageDraw.Draw(picture)
-    draw_five(draw, 40, 50, ink)
-    draw.line([(200, 30), (206, 150)], ink, 8)
-    five, one = boxes_of(picture)
+    five, one = boxes_of(
+        fives((300, 200), [40], 50, paper, ink, more=lambda draw: draw.line([(200, 30), (206, 150)], ink, 8))
+    )
     assert overlap(five, (40, 50, 90, 130)) > 0.85
     assert overlap(one, (196, 30, 210, 150)) > 0.7
 
 
 def test_light_that_falls_off():
     """The darkest ink on the bright side is brighter than the paper on the dark side."""
-    light = np.linspace(1, 0.25, 400)[None, :, None]
-    picture = Image.new("RGB", (400, 150), (240, 236, 220))
-    draw = ImageDraw.Draw(picture)
-    places = [(x, 30, x + 50, 110) for x in (40, 170, 310)]
-    for x, y, _, _ in places:
-        draw_five(draw, x, y, (90, 80, 70))
-    pixels = (np.asarray(picture) * light).astype(np.uint8)
-    assert pixels[0, -1].max() < (np.array((90, 80, 70)) * light[0, 60]).max()
-    found = boxes_of(Image.fromarray(pixels))
-    assert len(found) == 3
-    assert all(overlap(a, b) > 0.85 for a, b in zip(found, places, strict=True))
+    light, ink, lefts = np.linspace(1, 0.25, 400)[None, :, None], (90, 80, 70), (40, 170, 310)
+    pixels = (np.asarray(fives((400, 150), lefts, 30, (240, 236, 220), ink)) * light).astype(np.uint8)
+    assert pixels[0, -1].max() < (np.array(ink) * light[0, 60]).max()
+    check_fives(Image.fromarray(pixels), lefts, 30, 0.85)
 
 
 def test_a_plate_on_a_wall():
     """Digits of the wall's own colour on a dark plate with a frame: they stand out from the plate alone."""
-    wall = (200, 190, 180)
-    picture = Image.new("RGB", (600, 400), wall)
-    draw = ImageDraw.Draw(picture)
-    draw.rectangle((180, 120, 460, 280), (20, 40, 100))
-    draw.rectangle((188, 128, 452, 272), outline=wall, width=4)
-    places = [(x, 160, x + 50, 240) for x in (220, 300, 380)]
-    for x, y, _, _ in places:
-        draw_five(draw, x, y, wall)
-    found = boxes_of(picture)
-    assert len(found) == 3, found
-    assert all(overlap(a, b) > 0.8 for a, b in zip(found, places, strict=True))
+    wall, lefts = (200, 190, 180), (220, 300, 380)
+
+    def plate(draw):
+        draw.rectangle((180, 120, 460, 280), (20, 40, 100))
+        draw.rectangle((188, 128, 452, 272), outline=wall, width=4)
+
+    check_fives(fives((600, 400), lefts, 160, wall, wall, more=plate), lefts, 160)
 
 
 def test_a_digit_in_a_frame():
     """As on a form: each digit stands in a box of its own, drawn with the same pen."""
-    picture = Image.new("RGB", (400, 200), WHITE)
-    draw = ImageDraw.Draw(picture)
-    places = [(x, 60, x + 50, 140) for x in (60, 180, 300)]
-    for x, y, _, _ in places:
-        draw.rectangle((x - 25, y - 25, x + 75, y + 105), outline=BLACK, width=4)
-        draw_five(draw, x, y, BLACK)
-    found = boxes_of(picture)
-    assert len(found) == 3, found
-    assert all(overlap(a, b) > 0.8 for a, b in zip(found, places, strict=True))
+    lefts = (60, 180, 300)
+
+    def frames(draw):
+        for x in lefts:
+            draw.rectangle((x - 25, 35, x + 75, 165), outline=BLACK, width=4)
+
+    check_fives(fives((400, 200), lefts, 60, more=frames), lefts, 60)
 
 
 @pytest.mark.parametrize("gap", [0, 3, 7])
 def test_pieces_of_a_digit_are_joined(gap):
-    picture = Image.new("RGB", (300, 200), WHITE)
-    draw_five(ImageDraw.Draw(picture), 100, 50, BLACK, gap)
-    (box,) = boxes_of(picture)
-    assert overlap(box, (100, 50, 150, 130)) > 0.85
+    check_fives(fives((300, 200), [100], 50, gap=gap), [100], 50, 0.85)
 
 
 def test_neighbours_are_not_joined():
     """Digits side by side with little room, and a small number right above a large one."""
-    picture = Image.new("RGB", (400, 260), WHITE)
-    draw = ImageDraw.Draw(picture)
-    for x in (40, 102, 164):
-        draw_five(draw, x, 120, BLACK)
-    for x in (50, 75, 100):
-        draw.line([(x, 70), (x + 3, 104)], BLACK, 4)
-    assert len(boxes_of(picture)) == 6
+
+    def ones(draw):
+        for x in (50, 75, 100):
+            draw.line([(x, 70), (x + 3, 104)], BLACK, 4)
+
+    assert len(boxes_of(fives((400, 260), (40, 102, 164), 120, more=ones))) == 6
 
 
 def test_what_is_no_digit():
-    """A ruled line, a dash, a blot, specks of dust, a dot beside a digit and the shadow of a hand."""
-    picture = Image.new("RGB", (500, 300), (235, 235, 230))
-    draw = ImageDraw.Draw(picture)
-    draw.polygon([(500, 60), (500, 300), (330, 300)], (150, 150, 145))
-    draw.line([(0, 20), (500, 20)], BLACK, 3)
-    draw.line([(40, 150), (90, 150)], BLACK, 8)
-    draw.ellipse((220, 180, 270, 230), BLACK)
-    for x, y in ((30, 60), (300, 110), (150, 260)):
-        draw.rectangle((x, y, x + 3, y + 3), BLACK)
-    draw.rectangle((190, 122, 197, 129), BLACK)
-    draw_five(draw, 120, 50, BLACK)
-    (box,) = boxes_of(picture)
-    assert overlap(box, (120, 50, 170, 130)) > 0.85
+    """The shadow of a hand, a ruled line, a dash, a blot, a dot beside a digit and specks of dust."""
+
+    def other_things(draw):
+        draw.polygon([(500, 60), (500, 300), (330, 300)], (150, 150, 145))
+        draw.line([(0, 20), (500, 20)], BLACK, 3)
+        draw.line([(40, 150), (90, 150)], BLACK, 8)
+        draw.ellipse((220, 180, 270, 230), BLACK)
+        draw.rectangle((190, 122, 197, 129), BLACK)
+        for x, y in ((30, 60), (300, 110), (150, 260)):
+            draw.rectangle((x, y, x + 3, y + 3), BLACK)
+
+    check_fives(fives((500, 300), [120], 50, (235, 235, 230), more=other_things), [120], 50, 0.85)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (2, 2), (40, 40), (900, 700)])
@@ -157,49 +149,36 @@ def test_noise_is_no_digit():
 
 def test_a_digit_cut_out_closely():
     """It touches the edges, and yet it is what the picture shows."""
-    picture = Image.new("RGB", (60, 90), WHITE)
-    draw_five(ImageDraw.Draw(picture), 5, 5, BLACK)
-    (box,) = boxes_of(picture.crop((5, 5, 56, 85)))
+    (box,) = boxes_of(fives((60, 90), [5], 5).crop((5, 5, 56, 85)))
     assert overlap(box, (0, 0, 51, 80)) > 0.9
 
 
 @pytest.mark.parametrize("scale", [0.4, 1, 9])
 def test_boxes_are_in_pixels_of_the_picture(scale):
     """Also of one so large that it is searched at another size."""
-    picture = Image.new("RGB", (450, 300), WHITE)
-    draw_five(ImageDraw.Draw(picture), 300, 100, BLACK)
-    picture = picture.resize([round(side * scale) for side in picture.size], Image.BICUBIC)
+    picture = fives((450, 300), [300], 100).resize((round(450 * scale), round(300 * scale)), Image.BICUBIC)
     (box,) = boxes_of(picture)
     assert overlap(box, tuple(v * scale for v in (300, 100, 350, 180))) > 0.85
-
-
-def test_the_same_every_time(large_optdigits):
-    composed = compose(*large_optdigits, np.random.default_rng(3))
-    first, again = (find_digits(composed.picture) for _ in range(2))
-    assert [c.box for c in first] == [c.box for c in again]
-    assert all((a.ink == b.ink).all() for a, b in zip(first, again, strict=True))
 
 
 # --- reading order ----------------------------------------------------------------------------------
 
 
-def test_lines_from_the_top_and_from_the_left():
-    boxes = [(100, 60, 120, 90), (10, 8, 30, 38), (60, 62, 80, 92), (50, 5, 70, 40), (20, 58, 40, 88)]
-    assert reading_order(boxes) == [[1, 3], [4, 2, 0]]
-
-
-def test_lines_that_slant():
-    """Each line ends lower than the next one begins."""
-    boxes = [(40 * i, 100 * row + 12 * i, 40 * i + 30, 100 * row + 12 * i + 50) for row in (0, 1) for i in range(12)]
-    assert reading_order(boxes) == [list(range(12)), list(range(12, 24))]
-
-
-def test_digits_of_several_heights_in_a_line():
-    assert reading_order([(0, 0, 30, 60), (40, 25, 60, 55), (70, 5, 100, 70)]) == [[0, 1, 2]]
-
-
-def test_no_lines():
-    assert reading_order([]) == []
+@pytest.mark.parametrize(
+    ("boxes", "lines"),
+    [
+        ([(100, 60, 120, 90), (10, 8, 30, 38), (60, 62, 80, 92), (50, 5, 70, 40), (20, 58, 40, 88)],
+         [[1, 3], [4, 2, 0]]),
+        # Lines that slant: each ends lower than the next one begins.
+        ([(40 * i, 100 * row + 12 * i, 40 * i + 30, 100 * row + 12 * i + 50) for row in (0, 1) for i in range(12)],
+         [list(range(12)), list(range(12, 24))]),
+        ([(0, 0, 30, 60), (40, 25, 60, 55), (70, 5, 100, 70)], [[0, 1, 2]]),
+        ([], []),
+    ],
+    ids=["from the top and the left", "slanting", "of several heights", "none"],
+)  # fmt: skip
+def test_lines(boxes, lines):
+    assert reading_order(boxes) == lines
 
 
 # --- what the network gets --------------------------------------------------------------------------
@@ -227,9 +206,9 @@ def test_frame_makes_of_mnist_digits_what_they_were(real_data):
         ink = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32) / 255
         again = frame(ink, 20 / 28, 14.5 / 28)
         assert again.shape == (28, 28)
-        again_rows, again_columns = np.flatnonzero(again.any(1)), np.flatnonzero(again.any(0))
-        shifts.append(max(abs(int(again_rows[0] - rows[0])), abs(int(again_columns[0] - columns[0]))))
-    assert np.mean(np.array(shifts) <= 1) == 1
+        corner = np.flatnonzero(again.any(1))[0] - rows[0], np.flatnonzero(again.any(0))[0] - columns[0]
+        shifts.append(np.abs(corner).max())
+    assert max(shifts) <= 1
     assert np.mean(np.array(shifts) == 0) > 0.5
 
 
@@ -249,7 +228,7 @@ def crowded(side: int) -> tuple[tuple[int, int], list]:
 
 @pytest.mark.parametrize("side", [28, 64, 300, 1000, 4000])
 def test_labels_lie_free(side):
-    """No label covers a digit or another label, none is cut off, and each can be read."""
+    """No label covers a digit or another label, none is cut off, and each is legible."""
     size, boxes = crowded(side) if side > 28 else ((28, 28), [(0, 0, 28, 28)])
     layout = lay_out(size, boxes, ["7 100%"] * len(boxes))
     width, height = (s * layout.scale + 2 * m for s, m in zip(size, layout.margin, strict=True))
@@ -272,11 +251,14 @@ def test_boxes_show_on_any_background(ground):
     page = np.asarray(draw_digits(picture, [(200, 100, 250, 180)], ["5 98%"]).convert("L"), np.int64)
     bare = np.asarray(draw_digits(picture, [], []).convert("L"), np.int64)
     assert bare.shape == (300, 500), "no margin where there is no label"
-    row = page[page.shape[0] // 2 - 10]
-    assert row.max() - row.min() > 100
     y, x = (np.array(page.shape) - bare.shape) // 2
-    inside = page[y + 100 : y + 180, x + 200 : x + 250]
+    inside, beside = page[y + 100 : y + 180, x + 200 : x + 250], page[y + 140, x + 250 : x + 262]
     assert (inside == bare[0, 0]).all(), "the box leaves the digit itself alone"
+    assert beside.max() - beside.min() > 100
+    (label,) = lay_out((500, 300), [(200, 100, 250, 180)], ["5 98%"]).labels
+    text = page[label[1] + 4 : label[3] - 4, label[0] + 4 : label[2] - 4]
+    assert (text < 60).mean() > 0.05, "in black"
+    assert (text > 150).mean() > 0.3, "on colour"
 
 
 def test_an_enlarged_picture_is_not_blurred():

@@ -1,14 +1,17 @@
-"""What a run writes down about its target: signals without labels, and when it reached which accuracy."""
+"""What a run writes down about itself: signals without labels, a lost class, and when it reached which accuracy."""
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import events_of, records_of, settings, train
 
-import main
-from tests.test_run_log import read_events
-from utils.records import label_free_signals, seconds_to
+from methods.run import Run
+from watch.records import label_free_signals, seconds_to
+from watch.screen import counted
+from watch.watcher import Watcher, has_collapsed
 
 
 def test_signals_of_predictions_that_are_known():
@@ -39,22 +42,48 @@ def test_seconds_are_those_of_the_first_epoch_that_was_there(tmp_path):
     assert seconds_to(metrics) == {"90": 20.0, "95": 40.0, "98": None}
 
 
-def test_a_lost_class_is_announced_in_the_log_and_on_the_screen(tiny_data, tmp_path, monkeypatch, capsys):
-    """Predictions that never say 7 are a collapse; those of a run without a domain loss are none of its business."""
+@pytest.mark.parametrize("method", ["dann", "source-only"])
+def test_a_lost_class_is_announced_once_the_source_is_learnt(monkeypatch, capsys, tiny_data, tmp_path, method):
+    """Not after a first epoch at chance, nor in a run without reversal; in the log and on the screen."""
     lost = torch.full((50, 10), 0.01)
-    lost[torch.arange(50), torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 9, 9] * 5)] = 0.91
-    monkeypatch.setattr(main, "predict", lambda *_: lost)
-    for method in ("dann", "source-only"):
-        folder = tmp_path / method
-        words = ["--dry-run", "--method", method, "--run-dir", str(folder), "--data-dir", str(tiny_data)]
-        monkeypatch.setattr("sys.argv", ["main.py", "--recipe", "paper", *words, "--device", "cpu", "--no-download"])
-        main.main()
-        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: collapse")]
-        written = read_events(folder).Tags()["tensors"]
-        epochs = [1, 2] if method == "dann" else []
-        assert [f"at epoch {epoch}: one class is read in 0.0%" in line for epoch, line in enumerate(said, 1)] == [
-            True for _ in epochs
-        ]
-        assert ("collapse/epoch_2/text_summary" in written) == (method == "dann")
-        (first, last) = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
-        assert first["smallest_class_share"] == last["smallest_class_share"] == 0
+    lost[torch.arange(50), torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 9, 9] * 5)] = 0.91  # never 7
+    monkeypatch.setattr(Watcher, "target_signals", lambda watcher: label_free_signals(lost))
+    end_epoch = Run.end_epoch
+    monkeypatch.setattr(Run, "end_epoch", lambda run: end_epoch(run) | ({"loss_label": 1.1} if run.epoch > 1 else {}))
+    train(*settings(tiny_data), "--method", method, "--run-dir", tmp_path)
+    said = [line for line in capsys.readouterr().err.splitlines() if "collapse" in line]
+    texts = {tag for tag in events_of(tmp_path).Tags()["tensors"] if tag.startswith("collapse")}
+    epochs = (2, 3) if method == "dann" else ()
+    assert [f"epoch {epoch}:" in line and "0.0%" in line for epoch, line in zip(epochs, said, strict=True)] == [
+        True for _ in epochs
+    ]
+    assert texts == {f"collapse/epoch_{epoch}/text_summary" for epoch in epochs}
+    assert [record["smallest_class_share"] for record in records_of(tmp_path)] == [0, 0, 0]
+    assert records_of(tmp_path)[0]["loss_label"] > 2, "the first epoch was at chance"
+
+
+@pytest.mark.parametrize(
+    ("loss_label", "share", "collapsed"),
+    [(2.3, 0.0, False), (1.2, 0.0, False), (1.1, 0.0, True), (1.1, 0.0099, True), (1.1, 0.011, False)],
+)
+def test_what_a_collapse_is(loss_label, share, collapsed):
+    """Half of ln 10 = 2.303 is 1.151."""
+    record = {"loss_label": loss_label, "smallest_class_share": share}
+    assert has_collapsed(record | {"loss_domain": 1.4}) is collapsed
+    assert has_collapsed(record) is False
+
+
+def test_seconds_are_taken_when_the_device_is_done(monkeypatch):
+    calls = []
+    monkeypatch.setattr("utils.machine.synchronise", lambda device: calls.append(device))
+    monkeypatch.setattr("time.perf_counter", lambda: calls.append("clock") or 12.0)
+    watcher, run = Watcher.__new__(Watcher), SimpleNamespace(step=7, train_seconds=5.0, seconds=None)
+    watcher.classifier = SimpleNamespace(device="device")
+    watcher.epoch_started, watcher.first_step, watcher.started, watcher.seconds_before = 10.0, 3, 8.0, 100.0
+    watcher.stop_clock(run)
+    assert calls == ["device", "clock"]
+    assert (run.train_seconds, run.seconds, watcher.epoch_seconds, watcher.epoch_steps) == (7.0, 104.0, 2.0, 4)
+
+
+def test_numbers_and_their_nouns_agree():
+    assert [counted(number, "thread") for number in (0, 1, 2)] == ["0 threads", "1 thread", "2 threads"]

@@ -1,5 +1,6 @@
 """A run that is interrupted and goes on ends with the same bits as one that was left alone."""
 
+import gzip
 import json
 import os
 import re
@@ -9,93 +10,83 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import Killed, interrupt_after, kill, press_ctrl_c
+from conftest import ROOT, Killed, interrupt_after, kill, press_ctrl_c, records_of, train
 from safetensors.torch import load_file
 
 import main
-import valid
+from methods.options import parse_arguments, resume_command
+from methods.run import Run
+from utils import machine
 from utils.cli import Interrupted, UserError, run_script
+from utils.distributed import ALONE
 
-ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("no_fetch")
 MACHINE = ("--device", "cpu", "--precision", "fp32", "--no-download")
 
 # Two recipes: one that draws at random wherever it can, batch-normed, with AdamW's three tensors a weight; and
 # one with two phases. 64 images in batches of 16 make four steps an epoch.
 SMALL = (
-    "--network", "quick", "--image-size", 32, "--dropout", 0.3, "--augmentation", "affine", "--optimizer", "adamw",
-    "--lr", 0.002, "--epochs", 3, "--batch-size", 16,
+    "--network", "quick", "--dropout", 0.3, "--augmentation", "affine", "--optimizer", "adamw", "--lr", 0.002,
+    "--epochs", 3, "--batch-size", 16,
 )  # fmt: skip
 WARM = ("--recipe", "cnn-grl", "--warm-start-epochs", 2, "--epochs", 2, "--batch-size", 16)
 # The teacher's weights, its mean prediction and its count of steps have to come back too.
 TAUGHT = ("--recipe", "modern", "--epochs", 3, "--epoch-steps", 4, "--batch-size", 8, "--confidence", 0.1)
 STEPS_AN_EPOCH = 4
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch):
-    """No test reaches for the network."""
-
-    def no_download(names, *arguments, **options):
-        raise UserError(f"a test tried to download {list(names)}")
-
-    monkeypatch.setattr(valid, "fetch", no_download)
-
-
-def start(*arguments):
-    """Run main.py with these arguments, in this process."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
-        main.main()
+STEP, SAVE = (main, "step"), (Run, "save")  # functions after which runs are interrupted
 
 
 def go_on(folder, tiny_data):
-    start("--resume", folder, "--data-dir", tiny_data, "--device", "cpu", "--no-download")
+    train("--resume", folder, "--data-dir", tiny_data, "--device", "cpu", "--no-download")
 
 
-def assert_same(found, expected, where=""):
-    """Compare nested dicts and lists, tensors bit for bit."""
-    assert type(found) is type(expected), where
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
-        for key in expected:
-            assert_same(found[key], expected[key], f"{where}.{key}")
-    elif isinstance(expected, list | tuple):
-        assert len(found) == len(expected), where
-        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-            assert_same(a, b, f"{where}[{i}]")
-    elif isinstance(expected, torch.Tensor):
-        assert found.dtype == expected.dtype, where
-        assert torch.equal(found, expected), where
-    else:
-        assert found == expected, where
+def interrupted_run(owner_and_name, count, interruption, *arguments):
+    """A run that ends when a function has returned for the `count`-th time; returns what it said."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(patch, *owner_and_name, count, interruption)
+        with pytest.raises((Killed, Interrupted)) as ended:
+            train(*arguments)
+    return str(ended.value)
+
+
+def comparable(value):
+    """Nested dicts and lists with the bits of each tensor in its place."""
+    if isinstance(value, dict):
+        return {key: comparable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [comparable(inner) for inner in value]
+    return (value.dtype, value.shape, value.numpy().tobytes()) if isinstance(value, torch.Tensor) else value
 
 
 def what_is_left(folder):
     """Everything that a run leaves and that does not depend on the clock or on how it was started."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     result = json.loads((folder / "result.json").read_text())
     state = torch.load(folder / "last.pt", weights_only=True)
-    for record in (*records, result):
-        record.pop("seconds")
-        record.pop("images_per_second")
-    for key in ("seconds", "train_seconds"):
-        state.pop(key)
-    for record in (result, state):
-        record.pop("command", None)
-    for key in ("commit", "seconds_to"):
+    for key in ("command", "commit", "resumed", "seconds_to", "seconds", "images_per_second"):
         result.pop(key)
-    return {"metrics": records, "result": result, "last.pt": state, "weights": load_file(folder / "model.safetensors")}
+    for key in ("sessions", "seconds", "train_seconds"):
+        state.pop(key)
+    metrics = [
+        {key: value for key, value in record.items() if key not in ("seconds", "images_per_second")}
+        for record in records_of(folder)
+    ]
+    weights = load_file(folder / "model.safetensors")
+    return comparable({"metrics": metrics, "result": result, "last.pt": state, "weights": weights})
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
 def small_run(tiny_data, tmp_path_factory):
     """The folder of an uninterrupted run of the small recipe."""
     folder = tmp_path_factory.mktemp("small") / "run"
-    start(*SMALL, *MACHINE, "--data-dir", tiny_data, "--run-dir", folder)
+    train(*SMALL, *MACHINE, "--data-dir", tiny_data, "--run-dir", folder)
     return folder
 
 
@@ -103,94 +94,81 @@ def small_run(tiny_data, tmp_path_factory):
 def warm_run(tiny_data, tmp_path_factory):
     """The folder of an uninterrupted run with a warm start."""
     folder = tmp_path_factory.mktemp("warm") / "run"
-    start(*WARM, *MACHINE, "--data-dir", tiny_data, "--run-dir", folder)
+    train(*WARM, *MACHINE, "--data-dir", tiny_data, "--run-dir", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped_run(tiny_data, tmp_path_factory):
+    """The folder of a run of the small recipe that was interrupted in its second epoch."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    interrupted_run(STEP, 6, press_ctrl_c, *SMALL, *MACHINE, "--data-dir", tiny_data, "--run-dir", folder)
     return folder
 
 
 @pytest.fixture
-def half_run(tiny_data, tmp_path):
-    """The folder of a run of the small recipe that was interrupted in its second epoch."""
-    folder = tmp_path / "half"
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_after(patch, "train_step", 6, press_ctrl_c)
-        with pytest.raises(Interrupted):
-            start(*SMALL, *MACHINE, "--data-dir", tiny_data, "--run-dir", folder)
-    return folder
+def half_run(stopped_run, tmp_path):
+    """A copy of it, to be changed."""
+    return shutil.copytree(stopped_run, tmp_path / "half")
 
 
 # --- the same bits ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("method", "count", "interruption", "error"),
+    ("function", "count", "interruption"),
     [
-        pytest.param("save", 1, kill, Killed, id="killed between the first and the second epoch"),
-        pytest.param("train_step", 7, kill, Killed, id="killed within the second epoch"),
-        pytest.param("train_step", 1, press_ctrl_c, Interrupted, id="Ctrl-C in the first step"),
-        pytest.param("train_step", 6, press_ctrl_c, Interrupted, id="Ctrl-C within the second epoch"),
-        pytest.param("train_step", 8, press_ctrl_c, Interrupted, id="Ctrl-C in the last step of an epoch"),
-        pytest.param("save", 2, press_ctrl_c, Interrupted, id="Ctrl-C between two epochs"),
+        pytest.param(SAVE, 1, kill, id="killed between the first and the second epoch"),
+        pytest.param(STEP, 7, kill, id="killed within the second epoch"),
+        pytest.param(STEP, 1, press_ctrl_c, id="Ctrl-C in the first step"),
+        pytest.param(STEP, 6, press_ctrl_c, id="Ctrl-C within the second epoch"),
+        pytest.param(STEP, 8, press_ctrl_c, id="Ctrl-C in the last step of an epoch"),
+        pytest.param(SAVE, 2, press_ctrl_c, id="Ctrl-C between two epochs"),
     ],
 )
-def test_resumed_run_ends_with_the_same_bits(
-    monkeypatch, small_run, tiny_data, tmp_path, method, count, interruption, error
-):
+def test_a_resumed_run_ends_with_the_same_bits(small_run, tiny_data, tmp_path, function, count, interruption):
     folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, method, count, interruption)
-        with pytest.raises(error):
-            start(*SMALL, *MACHINE, "--data-dir", tiny_data, "--run-dir", folder)
+    interrupted_run(function, count, interruption, *SMALL, *MACHINE, "--data-dir", tiny_data, "--run-dir", folder)
     assert not (folder / "result.json").exists()
     go_on(folder, tiny_data)
-    assert_same(what_is_left(folder), what_is_left(small_run))
+    assert what_is_left(folder) == what_is_left(small_run)
 
 
-def test_run_with_a_teacher_ends_with_the_same_bits(monkeypatch, tiny_data, tmp_path):
+def test_a_run_with_a_teacher_ends_with_the_same_bits(tiny_data, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    start(*TAUGHT, *MACHINE, "--data-dir", tiny_data, "--run-dir", whole)
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, "train_step", 6, press_ctrl_c)
-        with pytest.raises(Interrupted):
-            start(*TAUGHT, *MACHINE, "--data-dir", tiny_data, "--run-dir", parts)
+    train(*TAUGHT, *MACHINE, "--data-dir", tiny_data, "--run-dir", whole)
+    interrupted_run(STEP, 6, press_ctrl_c, *TAUGHT, *MACHINE, "--data-dir", tiny_data, "--run-dir", parts)
+    with pytest.raises(UserError, match=r"\(confidence is 0\.1 there, 0\.9 here\)"):
+        train("--resume", parts, "--recipe", "modern", "--confidence", 0.9, "--data-dir", tiny_data)
     go_on(parts, tiny_data)
     expected = what_is_left(whole)
-    assert expected["last.pt"]["teacher"]["steps"] == 12
+    state = torch.load(whole / "last.pt", weights_only=True)
+    assert state["teacher"]["average"]["n_averaged"] == 1 + 12, "it starts as a copy"
     assert expected["metrics"][-1]["loss_teacher"] > 0
-    assert_same(what_is_left(parts), expected)
+    assert what_is_left(parts) == expected
 
 
-def test_run_interrupted_in_both_phases_ends_with_the_same_bits(monkeypatch, warm_run, tiny_data, tmp_path):
-    """After 3 of 16 steps (warm start), 8 (its last step, before the momentum is forgotten), 10 and 14 (reversal)."""
+@pytest.mark.parametrize(
+    ("function", "counts", "interruption"),
+    [
+        # After 3 of 16 steps (warm start), 8 (its last step, before the momentum is forgotten), 10 and 14 (reversal).
+        pytest.param(STEP, (3, 5, 2, 4), press_ctrl_c, id="Ctrl-C in both phases"),
+        pytest.param(SAVE, (2,), kill, id="killed between the phases"),
+    ],
+)
+def test_a_run_with_a_warm_start_ends_with_the_same_bits(warm_run, tiny_data, tmp_path, function, counts, interruption):
     folder = tmp_path / "run"
     arguments = (*WARM, *MACHINE, "--data-dir", tiny_data, "--run-dir", folder)
-    for steps in (3, 5, 2, 4):
-        with monkeypatch.context() as patch:
-            interrupt_after(patch, "train_step", steps, press_ctrl_c)
-            with pytest.raises(Interrupted):
-                start(*arguments)
-        arguments = ("--resume", folder, "--data-dir", tiny_data)
+    for count in counts:
+        interrupted_run(function, count, interruption, *arguments)
+        arguments = ("--resume", folder, "--data-dir", tiny_data, "--device", "cpu")
     state = torch.load(folder / "last.pt", weights_only=True)
-    assert (state["epoch"], state["step"]) == (3, 2)
-    start(*arguments)
-    assert_same(what_is_left(folder), what_is_left(warm_run))
-
-
-def test_run_killed_between_the_phases_ends_with_the_same_bits(monkeypatch, warm_run, tiny_data, tmp_path):
-    folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, "save", 2, kill)
-        with pytest.raises(Killed):
-            start(*WARM, *MACHINE, "--data-dir", tiny_data, "--run-dir", folder)
-    go_on(folder, tiny_data)
-    assert_same(what_is_left(folder), what_is_left(warm_run))
-
-
-def test_warm_start_and_reversal_are_two_phases(warm_run):
-    """What the two tests above compare with: no domain loss in the warm start, λ_p and p from zero after it."""
-    records = [json.loads(line) for line in (warm_run / "metrics.jsonl").read_text().splitlines()]
-    assert [record["loss_domain"] is None for record in records] == [True, True, False, False]
+    assert (state["epoch"], state["step"]) == ((3, 2) if interruption is press_ctrl_c else (2, 0))
+    train(*arguments)
+    assert what_is_left(folder) == what_is_left(warm_run)
+    records = records_of(warm_run)
+    assert ["loss_domain" in record for record in records] == [False, False, True, True], "there were two phases"
     assert [record["p"] for record in records] == [0, 0, 0.5, 1]
-    assert [record["lambda_p"] > 0 for record in records] == [False, False, True, True]
 
 
 def test_random_draws_matter_in_these_runs(small_run, half_run, tiny_data):
@@ -203,11 +181,19 @@ def test_random_draws_matter_in_these_runs(small_run, half_run, tiny_data):
     assert any(not torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_one_record_an_epoch(small_run, half_run, tiny_data):
-    go_on(half_run, tiny_data)
-    for folder in (small_run, half_run):
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+def test_resuming_a_finished_run_repeats_its_result(small_run, tiny_data, tmp_path, capsys):
+    folder = shutil.copytree(small_run, tmp_path / "run")
+    (folder / "result.json").unlink()
+    capsys.readouterr()
+    go_on(folder, tiny_data)
+    assert what_is_left(folder) == what_is_left(small_run)
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    before = json.loads((small_run / "result.json").read_text())
+    for key in ("source_correct", "target_correct", "source_accuracy", "target_accuracy", "seconds"):
+        assert said[key] == before[key]
+
+
+# --- what is told of the parts of a run -------------------------------------------------------------
 
 
 def test_time_adds_up_over_interruptions(half_run, tiny_data):
@@ -222,27 +208,51 @@ def test_time_adds_up_over_interruptions(half_run, tiny_data):
     assert result["images_per_second"] == pytest.approx(images / after["train_seconds"], rel=0.01, abs=0.1)
 
 
-# --- a finished run ---------------------------------------------------------------------------------
+def test_the_printed_command_goes_on_alike_and_the_result_keeps_both_parts(monkeypatch, capsys, tiny_data, tmp_path):
+    """Taken from the screen: the same data, device, threads and so on; a dry run stays one."""
+    compiled, threads = [], [1]
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    monkeypatch.setattr(machine, "check_compiler", lambda device: None)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    data, folder = shutil.copytree(tiny_data, tmp_path / "my data"), tmp_path / "a run"
+    options = ("--device", "cpu", "--threads", 2, "--compile", "--no-download", "--data-dir", data)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, *STEP, 2, press_ctrl_c)
+        with pytest.raises(SystemExit) as ended:
+            run_script(lambda: train(*SMALL, *options, "--dry-run", "--run-dir", folder))
+    assert ended.value.code == 130
+    said = capsys.readouterr()
+    assert said.out == "", "an interrupted run has no result"
+    python, script, *words = shlex.split(re.search(r"`(.*)`", said.err.splitlines()[-1])[1])
+    assert (python, script) == ("python", "main.py")
+    compiled.clear()
+    threads.append(1)
+    train(*words)
+    assert compiled
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["dry_run"], result["epochs"]) == (True, 2)
+    (second,) = result["resumed"]
+    for part, flag in ((result, "--dry-run"), (second, "--resume")):
+        assert flag in shlex.split(part["command"])
+        assert (part["threads"], part["compile"], part["processes"]) == (2, True, 1)
+        assert part["machine"] == machine.describe(torch.device("cpu"))
+        assert part["versions"]["torch"] == torch.__version__
 
 
-def test_resuming_a_finished_run_repeats_its_result(small_run, tiny_data, tmp_path, capsys):
-    folder = tmp_path / "run"
-    shutil.copytree(small_run, folder)
-    (folder / "result.json").unlink()
-    capsys.readouterr()
-    go_on(folder, tiny_data)
-    assert_same(what_is_left(folder), what_is_left(small_run))
-    said = json.loads(capsys.readouterr().out.splitlines()[-1])
-    before = json.loads((small_run / "result.json").read_text())
-    for key in ("source_correct", "target_correct", "source_accuracy", "target_accuracy", "seconds"):
-        assert said[key] == before[key]
-
-
-def test_the_result_keeps_the_command_that_started_the_run(half_run, tiny_data):
-    """The table of results names the command of a run: `--resume` alone would tell nobody what was run."""
-    go_on(half_run, tiny_data)
-    command = json.loads((half_run / "result.json").read_text())["command"]
-    assert "--network quick" in command, command
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--data-dir", "my data"), ("--device", "cpu"), ("--threads", "3"), ("--compile",), ("--no-download",)],
+    ids=" ".join,
+)
+def test_the_command_that_resumes_keeps_what_was_given_and_no_more(monkeypatch, tmp_path, options):
+    monkeypatch.setattr(sys, "argv", ["main.py", *options])
+    before, _ = parse_arguments()
+    words = shlex.split(resume_command(before, tmp_path / "run", ALONE))
+    assert words == ["python", "main.py", "--resume", str(tmp_path / "run"), *options]
+    monkeypatch.setattr(sys, "argv", words[1:])
+    after, _ = parse_arguments()
+    assert vars(after) == vars(before) | {"resume": tmp_path / "run"}
 
 
 # --- what can't be resumed --------------------------------------------------------------------------
@@ -258,72 +268,77 @@ def test_the_result_keeps_the_command_that_started_the_run(half_run, tiny_data):
         (("--method", "source-only"), ["method", "dann", "source-only"]),
     ],
 )
-def test_other_settings_are_refused_and_named(half_run, tiny_data, arguments, told):
-    before = {path: path.read_bytes() for path in half_run.iterdir() if path.is_file()}
-    with pytest.raises(UserError) as refused:
-        start("--resume", half_run, *arguments, "--data-dir", tiny_data)
-    words = re.findall(r"[\w.-]+", str(refused.value).replace(str(half_run), ""))
-    assert not [word for word in told if word not in words], str(refused.value)
-    assert before == {path: path.read_bytes() for path in half_run.iterdir() if path.is_file()}
+def test_other_settings_are_refused_and_named(fail, stopped_run, tiny_data, arguments, told):
+    before = files_of(stopped_run)
+    message = fail(main, "--resume", stopped_run, *arguments, "--data-dir", tiny_data)
+    words = re.findall(r"[\w.-]+", message.replace(str(stopped_run), ""))
+    assert not [word for word in told if word not in words], message
+    assert files_of(stopped_run) == before
 
 
 def test_the_same_settings_may_be_repeated(half_run, tiny_data):
-    start("--resume", half_run, *SMALL, "--data-dir", tiny_data, "--device", "cpu")
+    train("--resume", half_run, *SMALL, "--data-dir", tiny_data, "--device", "cpu")
     assert (half_run / "result.json").exists()
 
 
-def test_other_data_are_refused(half_run, tiny_data, tmp_path):
-    """With other images the rest of the run would be another experiment, and its steps others than were counted."""
-    data = tmp_path / "data"
-    shutil.copytree(tiny_data, data)
-    for name in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):  # 37 images in place of 64
-        shutil.copy(data / "MNIST/raw" / name.replace("train", "t10k"), data / "MNIST/raw" / name)
-    with pytest.raises(UserError, match="data"):
-        start("--resume", half_run, "--data-dir", data, "--device", "cpu")
+@pytest.mark.parametrize("change", ["fewer images", "other bytes"])
+def test_other_data_are_refused_and_nothing_is_lost(fail, stopped_run, tiny_data, tmp_path, change):
+    """With other images the rest of the run would be another experiment, also where there are as many of them."""
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    train_images = data / "MNIST/raw/train-images-idx3-ubyte.gz"
+    if change == "fewer images":  # 37 in place of 64
+        for name in ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz"):
+            shutil.copy(data / f"MNIST/raw/t10k-{name}", data / f"MNIST/raw/train-{name}")
+    else:
+        content = bytearray(gzip.decompress(train_images.read_bytes()))
+        content[-1] ^= 1
+        train_images.write_bytes(gzip.compress(content))
+    before = files_of(stopped_run)
+    message = fail(main, "--resume", stopped_run, "--data-dir", data, "--device", "cpu")
+    assert str(stopped_run) in message
+    assert "--data-dir" in message
+    assert files_of(stopped_run) == before
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"no-such-folder is no run .*python main\.py"):
-        start("--resume", tmp_path / "no-such-folder")
+def test_a_folder_that_is_no_run_is_refused(fail, tmp_path):
+    message = fail(main, "--resume", tmp_path / "no-such-folder")
+    assert "no-such-folder" in message
+    assert "python main.py" in message
     assert not (tmp_path / "no-such-folder").exists()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty is no run"):
-        start("--resume", tmp_path / "empty")
+    assert "empty" in fail(main, "--resume", tmp_path / "empty")
     assert list((tmp_path / "empty").iterdir()) == []
 
 
-def test_a_checkpoint_that_is_no_run_is_refused(tmp_path):
-    torch.save({"weight": torch.zeros(2)}, tmp_path / "last.pt")
-    with pytest.raises(UserError, match="is no checkpoint of a run"):
-        start("--resume", tmp_path)
-
-
-@pytest.mark.parametrize("key", ["model", "optimizer", "step", "rng", "command", "dry_run"])
-def test_a_checkpoint_that_lacks_something_is_refused(small_run, tiny_data, tmp_path, key):
-    """Of an earlier version, say: one line that names the file, and no KeyError."""
+@pytest.mark.parametrize(
+    "key", ["model", "optimizer", "step", "rng", "sessions", "data", "dry_run", "weights", "bytes"]
+)
+def test_a_checkpoint_that_lacks_something_is_refused(fail, small_run, tiny_data, tmp_path, key):
+    """Of an earlier version, say, or weights alone: one line that names the file, and no KeyError."""
     state = torch.load(small_run / "last.pt", weights_only=True)
-    state.pop(key)
-    torch.save(state, tmp_path / "last.pt")
-    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
-        go_on(tmp_path, tiny_data)
+    lacks = {name: value for name, value in state.items() if name != key}
+    torch.save(state["model"] if key == "weights" else lacks, tmp_path / "last.pt")
+    if key == "bytes":
+        (tmp_path / "last.pt").write_bytes(bytes(range(256)) * 12)
+    message = fail(main, "--resume", tmp_path, "--data-dir", tiny_data)
+    assert str(tmp_path / "last.pt") in message
+    assert key in (*re.findall(r"\w+", message), "weights", "bytes")
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
-def test_a_run_of_another_version_is_refused(half_run, tiny_data):
+def test_a_run_of_another_version_is_refused(fail, half_run, tiny_data):
     state = torch.load(half_run / "last.pt", weights_only=True)
     state["config"]["a_setting_of_tomorrow"] = 1
     torch.save(state, half_run / "last.pt")
-    with pytest.raises(UserError, match=r"another version .*a_setting_of_tomorrow"):
-        go_on(half_run, tiny_data)
+    assert "a_setting_of_tomorrow" in fail(main, "--resume", half_run, "--data-dir", tiny_data)
 
 
 # --- Ctrl-C -----------------------------------------------------------------------------------------
 
 
 def test_ctrl_c_of_a_process(tiny_data, tmp_path):
-    folder = tmp_path / "run"
-    epochs = 20
-    settings = ("--network", "quick", "--image-size", 32, "--batch-size", 16, "--epochs", epochs)
+    folder, epochs = tmp_path / "run", 50
+    settings = ("--network", "quick", "--batch-size", 16, "--epochs", epochs)
     command = (sys.executable, "main.py", *settings, *MACHINE, "--data-dir", tiny_data, "--run-dir", folder)
     process = subprocess.Popen(
         [*map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -341,7 +356,6 @@ def test_ctrl_c_of_a_process(tiny_data, tmp_path):
     assert process.returncode == 130, before + err
     assert "Traceback" not in err
     message = err.splitlines()[-1]
-    assert message.startswith("interrupted at epoch ")
     assert f"--resume {folder}" in message
     assert out == "", "an interrupted run has no result"
     state = torch.load(folder / "last.pt", weights_only=True)
@@ -350,26 +364,7 @@ def test_ctrl_c_of_a_process(tiny_data, tmp_path):
     assert 1 < epoch < epochs
     assert not list(folder.glob(".*tmp"))
     assert not (folder / "result.json").exists()
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == state["epoch"]
-
-    go_on(folder, tiny_data)
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["epoch"] for line in lines] == list(range(1, epochs + 1))
-    assert json.loads((folder / "result.json").read_text())["epochs"] == epochs
-
-
-def test_the_command_in_the_message_goes_on(monkeypatch, tiny_data, tmp_path):
-    """Also when the data are not in the default folder, and for a run of few images."""
-    folder = tmp_path / "a run"
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, "train_step", 2, press_ctrl_c)
-        with pytest.raises(Interrupted) as interrupted:
-            start(*SMALL, *MACHINE, "--data-dir", tiny_data, "--run-dir", folder, "--dry-run")
-    command = shlex.split(re.search(r"`python main\.py (.*)`", str(interrupted.value))[1])
-    start(*command)
-    result = json.loads((folder / "result.json").read_text())
-    assert result["dry_run"] is True, "a dry run stays one"
-    assert result["epochs"] == 2
+    assert [record["epoch"] for record in records_of(folder)] == list(range(1, state["epoch"] + 1))
 
 
 def test_a_second_ctrl_c_ends_at_once(monkeypatch, tiny_data, tmp_path, capsys):
@@ -377,22 +372,33 @@ def test_a_second_ctrl_c_ends_at_once(monkeypatch, tiny_data, tmp_path, capsys):
         press_ctrl_c()
         press_ctrl_c()
 
-    interrupt_after(monkeypatch, "train_step", 2, press_twice)
+    interrupt_after(monkeypatch, *STEP, 2, press_twice)
     arguments = (*SMALL, *MACHINE, "--data-dir", tiny_data, "--run-dir", tmp_path / "run")
     with pytest.raises(SystemExit) as ended:
-        run_script(lambda: start(*arguments))
+        run_script(lambda: train(*arguments))
     assert ended.value.code == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
-def test_a_finished_run_answers_ctrl_c_as_before(half_run, tiny_data):
+def test_after_a_run_ctrl_c_is_answered_as_before(half_run, tiny_data):
     def handler(signum, frame):
         raise AssertionError
 
     signal.signal(signal.SIGINT, handler)
     go_on(half_run, tiny_data)
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_ctrl_c_stops_epochs_of_one_step_but_no_run_that_has_ended(tiny_data, tmp_path, count):
+    folder = tmp_path / "run"
+    arguments = (*SMALL, *MACHINE, "--epoch-steps", 1, "--data-dir", tiny_data, "--run-dir", folder)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) if count < 3 else nullcontext():
+        interrupt_after(patch, *STEP, count, press_ctrl_c)
+        train(*arguments)
+    assert torch.load(folder / "last.pt", weights_only=True)["epoch"] == count
+    assert (folder / "result.json").exists() == (count == 3)
 
 
 def test_ctrl_c_before_training_is_one_line(monkeypatch, tiny_data, tmp_path, capsys):
@@ -402,7 +408,7 @@ def test_ctrl_c_before_training_is_one_line(monkeypatch, tiny_data, tmp_path, ca
 
     monkeypatch.setattr(main, "load_pair", interrupted_reading)
     with pytest.raises(SystemExit) as ended:
-        run_script(lambda: start(*SMALL, "--data-dir", tiny_data, "--run-dir", tmp_path / "run"))
+        run_script(lambda: train(*SMALL, "--data-dir", tiny_data, "--run-dir", tmp_path / "run"))
     assert ended.value.code == 130
     assert capsys.readouterr().err.splitlines() == ["interrupted"]
     assert not (tmp_path / "run").exists()

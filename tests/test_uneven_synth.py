@@ -1,18 +1,22 @@
 """The hard development pair: images of the documented kind, the same each time, classes of uneven size."""
 
+import importlib.util
 import json
 import shlex
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import interrupt_after, press_ctrl_c
+from conftest import ROOT, interrupt_after, press_ctrl_c
 
-import data_loader
+import main
+from digits.domains import DOMAINS
+from digits.synth import render_digits
 from tools import uneven_synth
 from tools.uneven_synth import REACH, SHARES, SMEARED, degrade, uneven
 from utils.cli import Interrupted
-from utils.synth_digits import render_digits
 
 
 @pytest.fixture(scope="module")
@@ -58,19 +62,29 @@ def test_each_class_keeps_its_share():
 
 
 def test_it_trains_like_main(monkeypatch, tiny_data, few_synth, tmp_path):
-    monkeypatch.setitem(data_loader.DOMAINS, "synth", data_loader.DOMAINS["synth"])  # put back at the end
+    monkeypatch.setitem(DOMAINS, "synth", DOMAINS["synth"])  # put back at the end
     folder = tmp_path / "run"
-    command = f"tools/uneven_synth.py --recipe quick --source mnist --target synth --data-dir {tiny_data} --dry-run"
-    monkeypatch.setattr(sys, "argv", [*command.split(), "--run-dir", str(folder)])
+    started = importlib.util.find_spec("tools.uneven_synth")  # as by `python -m tools.uneven_synth`
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=started))
+    options = f"--recipe quick --source mnist --target synth --data-dir {tiny_data} --dry-run --run-dir {folder}"
+    monkeypatch.setattr(sys, "argv", [started.origin, *options.split()])
     with monkeypatch.context() as interrupted:
-        interrupt_after(interrupted, "train_step", 1, press_ctrl_c)
+        interrupt_after(interrupted, main, "step", 1, press_ctrl_c)
         with pytest.raises(Interrupted) as stop:
             uneven_synth.run()
 
-    said = f"python tools/uneven_synth.py --resume {folder} --data-dir {tiny_data}"
-    assert f"`{said}`" in str(stop.value), "main.py would go on with another synth"
-    monkeypatch.setattr(sys, "argv", shlex.split(said)[1:])
+    command = f"python -m tools.uneven_synth --resume {folder} --data-dir {tiny_data}"
+    assert f"`{command}`" in str(stop.value), "main.py would go on with another synth"
+    monkeypatch.setattr(sys, "argv", [started.origin, *shlex.split(command)[3:]])
     uneven_synth.run()
     result = json.loads((folder / "result.json").read_text())
+    assert result["command"] == f"python -m tools.uneven_synth {options}"
     assert result["target_mark"].startswith("degraded synth subset, ")
     assert result["target_total"] < 20, "of twenty test images some are left out"
+
+
+def test_a_module_is_recorded_as_one(tmp_path):
+    (tmp_path / "tool.py").write_text("from utils import machine\nprint(machine.command_line())\n")
+    command = [sys.executable, "-m", "tool", "--name", "a b"]
+    done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.stdout == "python -m tool --name 'a b'\n"

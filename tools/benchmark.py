@@ -19,26 +19,30 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import torch
+from torch import Tensor, nn
+
+from data_loader import DigitSet, PairedLoader, limit
+from digits.domains import Pair
+from main import make_objective, set_up, step
+from methods.recipes import RECIPES, Config, recipe_config
+from methods.run import Run
+from methods.schedules import learning_rate, reversal_weight
+from tools.usual_way import UsualWay
+from utils import machine
+from utils.cli import UserError, run_script, say, script_parser
+from utils.distributed import ALONE
+from utils.files import write_json
+from valid import evaluate
+from watch.operations import operations, operations_of_step
+from watch.watcher import LOG_EVERY_STEPS
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from data_loader import DigitSet, preprocessing_for  # noqa: E402
-from main import Pair, Trainer  # noqa: E402
-from tools.usual_way import UsualWay  # noqa: E402
-from utils import machine  # noqa: E402
-from utils.cli import UserError, run_script, script_parser  # noqa: E402
-from utils.config import RECIPES, Config, recipe_config  # noqa: E402
-from utils.files import write_json  # noqa: E402
-from utils.operations import operations, operations_of_step  # noqa: E402
-from utils.run_log import SilentLog, say  # noqa: E402
-from valid import predict  # noqa: E402
-
 IMAGES = 12_800  # random images of each domain: what they show makes no difference to the time
 # `modern` has no usual way: its augmentation and its teacher are our own.
-WITH_USUAL_WAY = tuple(name for name in RECIPES if not recipe_config(name).teacher_decay)
+WITH_USUAL_WAY = tuple(name for name in RECIPES if not recipe_config(name).modern)
 SECTIONS = ("speed", "start", "memory", "accuracy")
 FULL_SIZES = {"svhn": (73_257, 26_032), "mnist": (60_000, 10_000)}
 
@@ -58,23 +62,25 @@ class Job:
     unit: str
     run: Callable[[int], float]
     about: dict
-    keeps_memory: bool = True  # as main.py does on a CPU; the usual way does not
+    prepared: bool = True  # whether the device is prepared as by main.py; in the usual way it is left as it was
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
+def prepare(device: torch.device, prepared: bool) -> None:
+    """Set the device as main.py does, or as torch has it by itself."""
+    if prepared:
+        machine.prepare(device)
+        return
+    machine.keep_memory(device, False)
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = False
 
 
 def timed(job: Job, steps: int, device: torch.device) -> tuple[float, float]:
     """How much a job did in so many steps, and in how many seconds."""
-    synchronise(device)
+    machine.synchronise(device)
     started = time.perf_counter()
     amount = job.run(steps)
-    synchronise(device)
+    machine.synchronise(device)
     return amount, time.perf_counter() - started
 
 
@@ -84,10 +90,11 @@ def measure(jobs: list[Job], rounds: int, turn_seconds: float, device: torch.dev
     A turn has as many steps as fill its seconds. Half as many come before it and aren't counted: they use up what the
     loaders' workers have prepared while others had their turn, and bring the memory to where it stays.
     """
-    rates, steps = {job.name: [] for job in jobs}, {}
+    rates: dict[str, list[float]] = {job.name: [] for job in jobs}
+    steps: dict[str, int] = {}
     for number in range(rounds + 1):
         for job in jobs:
-            machine.keep_memory(device, job.keeps_memory)
+            prepare(device, job.prepared)
             if not number:
                 timed(job, 1, device)
                 steps[job.name] = max(2, round(2 * turn_seconds / timed(job, 2, device)[1]))
@@ -117,7 +124,7 @@ def ceiling_jobs(device: torch.device, precisions: list[str]) -> list[Job]:
         a, b = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
         times = 4 if precision == "bf16" else 2
 
-        def product(steps: int, a=a, b=b, times=times) -> float:
+        def product(steps: int, a: Tensor = a, b: Tensor = b, times: int = times) -> float:
             for _ in range(steps * times):
                 a @ b
             return steps * times * 2 * size**3 / 1e9
@@ -134,35 +141,58 @@ def ceiling_jobs(device: torch.device, precisions: list[str]) -> list[Job]:
     return [*jobs, Job("copy, read and written", "GB/s", copy, {"bytes": x.nbytes})]
 
 
+def train(
+    run: Run, config: Config, loader: PairedLoader, objective: nn.Module, device: torch.device, steps: int
+) -> float:
+    """So many steps of an epoch as `main.train` does them; returns how many images they saw.
+
+    Its tests and checkpoints, which come between epochs, are left out, and so is what it writes into the log.
+    """
+    run.step, loader.steps = 0, steps
+    run.model.train()
+    for x_s, y_s, x_t in loader.epoch(run.epoch):
+        p = run.step / (config.epochs * steps)
+        lambda_p, mu_p = reversal_weight(config, p), learning_rate(config, p, run.step)
+        with machine.autocast(device, config.precision):
+            losses, others = objective(x_s, y_s, x_t, lambda_p)
+        step(run, config, losses, mu_p)
+        values = ALONE.means(losses | others)
+        if device.type == "cpu" or run.step % LOG_EVERY_STEPS == 0:  # when a watcher looks, which waits for the device
+            run.check_losses({name: value.item() for name, value in values.items()})
+        run.count_step(values)
+    return steps * 2 * config.batch_size
+
+
 def recipe_jobs(config: Config, source: DigitSet, target: DigitSet, device: torch.device, compiled: bool) -> list[Job]:
-    """Training, by the very loop of main.py, and inference, by the very function of valid.py."""
-    preprocess = preprocessing_for(config)
-    pair = Pair(source, target.images, source, target, {}, {}, steps=1)
-    trainer = Trainer(config, pair, preprocess, device, Path("unused"), compiled=compiled)
-
-    def training(steps: int) -> float:
-        trainer.epoch, trainer.step, trainer.loader.steps = config.warm_start_epochs, 0, steps
-        trainer.train_epoch(SilentLog())
-        return steps * 2 * config.batch_size
-
-    images = source.images[:2000]
+    """Training by the objective, the step and the loader of main.py, and inference by the very function of valid.py."""
+    pair = Pair(source, source.images, target.images, source, target, {}, {})
+    run, loader, classifier = set_up(config, pair, Path("unused"), False, compiled, device, ALONE)
+    run.epoch = config.warm_start_epochs
+    objective = make_objective(run, config, loader.labels_s)
+    if compiled:
+        objective.compile()
+    images = limit(source, 2000)
 
     def inference(steps: int) -> float:
         for _ in range(steps):
-            predict(trainer.model, images, preprocess, device, config.precision)
+            evaluate(classifier, images)
         return steps * len(images)
 
     name = f"{config.recipe} {config.precision}" + (", compiled" if compiled else "")
     about = {"recipe": config.recipe, "precision": config.precision, "compiled": compiled, "way": "this project"}
-    about |= {"parameters": sum(w.numel() for w in trainer.model.parameters()), "batch_size": config.batch_size}
-    flops = {
+    about |= {"parameters": sum(w.numel() for w in run.model.parameters()), "batch_size": config.batch_size}
+    parts = operations(config)
+    counts = {
         "training": operations_of_step(config) / (2 * config.batch_size),
-        "inference": operations(config)["extractor"] + operations(config)["classifier"],
+        "inference": parts["extractor"] + parts["classifier"],
     }
-    jobs = {"training": training, "inference": inference}
+    jobs: dict[str, Callable[[int], float]] = {
+        "training": lambda steps: train(run, config, loader, objective, device, steps),
+        "inference": inference,
+    }
     return [
-        Job(f"{kind} {name}", "images/s", run, {"kind": kind, "operations_per_image": flops[kind], **about})
-        for kind, run in jobs.items()
+        Job(f"{kind} {name}", "images/s", do, {"kind": kind, "operations_per_image": counts[kind], **about})
+        for kind, do in jobs.items()
         if not (compiled and kind == "inference")
     ]
 
@@ -172,7 +202,10 @@ def usual_jobs(config: Config, source: DigitSet, target: DigitSet, device: torch
     usual = UsualWay(config, source, target, device)
     about = {"recipe": config.recipe, "precision": "fp32", "compiled": False, "way": "usual"}
     about |= {"batch_size": config.batch_size}
-    jobs = {"training": usual.train, "inference": lambda steps: usual.test(4 * steps)}
+    jobs: dict[str, Callable[[int], float]] = {
+        "training": usual.train,
+        "inference": lambda steps: usual.test(4 * steps),
+    }
     return [
         Job(f"{kind} {config.recipe} fp32, the usual way", "images/s", run, {"kind": kind, **about}, False)
         for kind, run in jobs.items()
@@ -207,15 +240,16 @@ def speed(args: argparse.Namespace, device: torch.device) -> dict:
 
 
 @contextlib.contextmanager
-def running(arguments: list[str]) -> Iterator[subprocess.Popen]:
-    """A script of ours in a process of its own, killed at the end if it still runs."""
+def running(arguments: list[str]) -> Iterator[tuple[subprocess.Popen, IO[str]]]:
+    """A script of ours in a process of its own with what it prints, killed at the end if it still runs."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [sys.executable, *arguments], cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+    assert process.stdout is not None
     try:
-        yield process
+        yield process, process.stdout
     finally:
         process.kill()
         process.wait()
@@ -226,8 +260,8 @@ def seconds_until(arguments: list[str], pattern: str) -> tuple[float, str]:
     """Time from the start of a script to the first line that matches, and that line."""
     started = time.perf_counter()
     lines = []
-    with running(arguments) as process:
-        for line in process.stdout:
+    with running(arguments) as (_, printed):
+        for line in printed:
             lines.append(line.strip())
             if re.search(pattern, line):
                 return time.perf_counter() - started, line.strip()
@@ -290,8 +324,8 @@ def memory(args: argparse.Namespace, device: torch.device) -> dict:
         write_full_size_data(data)
         arguments = ["main.py", "--data-dir", str(data), "--no-download", "--device", device.type]
         arguments += ["--run-dir", f"{folder}/run"]
-        with running(arguments) as process:
-            for line in process.stdout:
+        with running(arguments) as (process, printed):
+            for line in printed:
                 if line.startswith("first step "):
                     break
             else:
@@ -312,14 +346,14 @@ def accuracy(args: argparse.Namespace, device: torch.device) -> dict:
     """Seconds from the first step until the test on the target reaches an accuracy, after an epoch of `quick`."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["main.py", "--recipe", "quick", "--device", device.type, "--run-dir", f"{folder}/run"]
-        with running(arguments) as process:
-            lines = process.stdout.read().splitlines()
+        with running(arguments) as (process, printed):
+            lines = printed.read().splitlines()
             if process.wait():
                 raise UserError(f"`python {shlex.join(arguments)}` failed: {lines[-1] if lines else ''}")
         records = [json.loads(line) for line in Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()]
     reached = next((r["seconds"] for r in records if r["target_accuracy"] >= args.target_accuracy), None)
     text = "never" if reached is None else f"{reached:.1f} s"
-    say(f"quick reads {args.target_accuracy:.0%} of its target after {text}")
+    say(f"quick reaches {args.target_accuracy:.0%} on its target after {text}")
     return {"recipe": "quick", "target_accuracy": args.target_accuracy, "seconds": reached}
 
 
@@ -327,8 +361,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = script_parser(
         description="Measure images per second, start, memory and time to an accuracy on this machine.",
         epilog="examples:\n"
-        "  python tools/benchmark.py --recipes quick --rounds 3\n"
-        "  python tools/benchmark.py --json results/benchmark/NAME.json",
+        "  python -m tools.benchmark --recipes quick --rounds 3\n"
+        "  python -m tools.benchmark --json results/benchmark/NAME.json",
     )
     option = parser.add_argument
     option("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to measure (default: all)")

@@ -2,6 +2,7 @@
 
 import textwrap
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -9,14 +10,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from torch import Tensor, nn
 
-from model import DANN
 from tools.figure_data import Domains, Network
-from utils.plots import SOURCE, TARGET, WIDTH, as_pictures
+from watch.plots import SOURCE, TARGET, WIDTH, as_pictures
 
 PIXELS = 850  # all places below are pixels of the figure as a README shows it
 HEIGHT = 500
 EXTRACTOR, CLASSIFIER, DISCRIMINATOR, REVERSAL = "#CDE8DF", "#CFE3F1", "#F7DDCB", "#333333"
 LABEL_GRADIENT, DOMAIN_GRADIENT = SOURCE, TARGET
+CENTRED: dict[str, Any] = {"ha": "center", "va": "center"}
 SHORT = {
     "BatchNorm": "batch norm", "InstanceNorm": "instance norm", "GroupNorm": "group norm", "LayerNorm": "layer norm",
     "AdaptiveAvgPool": "average pool", "AdaptiveMaxPool": "max pool", "MaxPool": "max pool", "AvgPool": "average pool",
@@ -56,11 +57,12 @@ def extra_of(module: nn.Module) -> str | None:
     return next((short for key, short in SHORT.items() if name.startswith(key)), None)
 
 
-def stages_of(part: nn.Module, *inputs) -> tuple[list[Stage], Tensor]:
+def stages_of(part: nn.Module, *inputs: Tensor) -> tuple[list[Stage], Tensor]:
     """The stages of a part of the network in the order of its forward pass, and what it returns for the inputs."""
-    stages, ahead = [], []
+    stages: list[Stage] = []
+    ahead: list[str] = []
 
-    def note(module: nn.Module, _, output: Tensor) -> None:
+    def note(module: nn.Module, _: object, output: Tensor) -> None:
         if title := title_of(module):
             stages.append(Stage(title, ahead.copy()))
             ahead.clear()
@@ -92,24 +94,23 @@ def draw_part(axes: Axes, name: str, part: nn.Module, stages: list[Stage], place
     """A panel with the part's name and a box for each stage. Args: place: left, right, y of the middle."""
     left, right, middle = place
     bottom, top = middle - 95, middle + 95
-    centred = {"ha": "center", "va": "center"}
     draw_box(axes, (left, bottom, right, top), fill)
     count = sum(weight.numel() for weight in part.parameters())
-    axes.text((left + right) / 2, top - 15, name, fontsize=9, fontweight="bold", **centred)
-    axes.text((left + right) / 2, bottom + 11, f"{count:,} parameters", fontsize=8, **centred)
+    axes.text((left + right) / 2, top - 15, name, fontsize=9, fontweight="bold", **CENTRED)
+    axes.text((left + right) / 2, bottom + 11, f"{count:,} parameters", fontsize=8, **CENTRED)
     step = (right - left - 12) / len(stages)
     width = min(step - 6, 76)
     for i, stage in enumerate(stages):
         x = left + 6 + (i + 0.5) * step
         draw_box(axes, (x - width / 2, bottom + 23, x + width / 2, bottom + 160), "white", "0.5", 3)
         size = min(8, width / (1.85 * (stage.text.count("\n") + 1)))  # as many lines as there are must fit
-        text = {"fontsize": size, "rotation": 90, "linespacing": 1.25, "multialignment": "center"}
-        axes.text(x, bottom + 91, stage.text, **text, **centred)
+        style: dict[str, Any] = {"fontsize": size, "rotation": 90, "linespacing": 1.25, "multialignment": "center"}
+        axes.text(x, bottom + 91, stage.text, **style, **CENTRED)
 
 
 def draw_path(axes: Axes, points: list[tuple[float, float]], colour: str = "black", dashed: bool = False) -> None:
     """A line through the points that ends in an arrow head: a value forwards, or dashed a gradient backwards."""
-    style = {"color": colour, "linewidth": 1.8 if dashed else 1.3}
+    style: dict[str, Any] = {"color": colour, "linewidth": 1.8 if dashed else 1.3}
     axes.plot(*zip(*points[:-1], strict=True), linestyle="--" if dashed else "-", **style)
     style |= {"arrowstyle": "-|>", "linestyle": "--" if dashed else "-", "mutation_scale": 13}
     axes.annotate("", points[-1], points[-2], arrowprops=style | {"shrinkA": 0, "shrinkB": 0})
@@ -117,23 +118,23 @@ def draw_path(axes: Axes, points: list[tuple[float, float]], colour: str = "blac
 
 def draw_inputs(axes: Axes, network: Network, domains: Domains) -> None:
     """A training image of each domain as the network gets it, and the arrow into the extractor."""
-    images = [digits.images[:1].to(network.device) for digits in (domains.source_train, domains.target_train)]
-    x = torch.cat([network.reader.preprocess(image) for image in images])
+    images = (domains.source_train.images[:1], domains.target_train.images[:1])
+    x = torch.cat([network.classifier.preprocess(image) for image in images])
     low, high = float(x.min()), float(x.max())
     places = (("source", SOURCE, 266, 332), ("target", TARGET, 178, 168))
     for picture, (name, colour, bottom, y) in zip(as_pictures(x, low, high), places, strict=True):
         axes.imshow(picture, extent=(10, 66, bottom, bottom + 56), aspect="auto")
-        axes.text(38, y, name, ha="center", va="center", color=colour, fontweight="bold")
+        axes.text(38, y, name, **CENTRED, color=colour, fontweight="bold")
     draw_path(axes, [(70, 250), (92, 250)])
 
 
 def architecture_figure(network: Network, domains: Domains) -> Figure:
     """The three parts with their layers, and the gradients that train them."""
-    model: DANN = network.reader.model
-    image = domains.source_train.images[:1].to(network.device)
-    layers, features = stages_of(model.extractor, network.reader.preprocess(image))
+    classifier, model = network.classifier, network.classifier.model
+    image = domains.source_train.images[:1].to(classifier.device)
+    layers, features = stages_of(model.extractor, classifier.preprocess(image))
     label_layers, _ = stages_of(model.classifier, features)
-    domain_layers, _ = stages_of(model.discriminator, features, 0.0)
+    domain_layers, _ = stages_of(model.discriminator, features)
 
     figure = Figure(figsize=(WIDTH, WIDTH * HEIGHT / PIXELS))
     axes = figure.add_axes((0, 0, 1, 1))
@@ -143,15 +144,14 @@ def architecture_figure(network: Network, domains: Domains) -> Figure:
     draw_part(axes, "LabelClassifier  $G_y$", model.classifier, label_layers, (500, 742, 372), CLASSIFIER)
     draw_part(axes, "DomainDiscriminator  $G_d$", model.discriminator, domain_layers, (552, 742, 128), DISCRIMINATOR)
     draw_box(axes, (472, 80, 536, 176), REVERSAL)
-    centred = {"ha": "center", "va": "center"}
-    axes.text(504, 128, "Gradient\nReversal\n$R_\\lambda$", color="white", fontsize=8.5, **centred)
-    for y, name, beside, told in (
+    axes.text(504, 128, "Gradient\nReversal\n$R_\\lambda$", color="white", fontsize=8.5, **CENTRED)
+    for y, name, beside, words in (
         (372, "$L_y$", 322, "label loss\non source\nalone"),
         (128, "$L_d$", 178, "domain loss\non both\ndomains"),
     ):
         draw_box(axes, (770, y - 18, 836, y + 18), "white", "black")
-        axes.text(803, y, name, fontsize=12, **centred)
-        axes.text(803, beside, told, fontsize=8.5, **centred)
+        axes.text(803, y, name, fontsize=12, **CENTRED)
+        axes.text(803, beside, words, fontsize=8.5, **CENTRED)
         draw_path(axes, [(742, y), (770, y)])
 
     draw_path(axes, [(430, 250), (458, 250), (458, 372), (500, 372)])
@@ -168,19 +168,19 @@ def architecture_figure(network: Network, domains: Domains) -> Figure:
         (262, 134, DOMAIN_GRADIENT, r"$-\lambda_p\,\partial L_d\,/\,\partial\theta_f$"),
     ):
         box = {"facecolor": "white", "edgecolor": "none", "pad": 3}
-        axes.text(x, y, text, ha="center", va="center", color=colour, fontsize=13, bbox=box)
+        axes.text(x, y, text, **CENTRED, color=colour, fontsize=13, bbox=box)
     axes.text(
         12,
         468,
-        f"Network {network.config.network}\nSolid: values, forwards\nDashed: gradients, backwards",
+        f"Network {network.settings.network}\nSolid: values, forwards\nDashed: gradients, backwards",
         va="center",
         linespacing=1.4,
     )
-    told = (
+    words = (
         "The sum $L_y + L_d$ is minimised: the discriminator learns to\n"
         "tell the domains apart. To the extractor its gradient comes\n"
         "reversed: it learns features that are alike in both domains."
     )
-    axes.text(12, 60, told, va="center", linespacing=1.4)
+    axes.text(12, 60, words, va="center", linespacing=1.4)
     axes.set(xlim=(0, PIXELS), ylim=(0, HEIGHT))
     return figure

@@ -5,19 +5,21 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data_loader import DigitSet
+from digits.domains import load_side_by_side
+from methods.classifier import Classifier, load_classifier
+from methods.recipes import Config
 from tools.tables import METHOD_NAMES
 from utils.cli import UserError
-from utils.config import Config
-from valid import Evaluation, Reader, evaluate, load_reader, load_side_by_side, outputs
 
 ALWAYS = ("epoch", "lambda_p", "learning_rate", "loss_label", "source_accuracy", "target_accuracy")
-WHERE_ADAPTED = ("loss_domain", "domain_accuracy")  # null in an epoch without gradient reversal
+WHERE_ADAPTED = ("loss_domain", "domain_accuracy")  # null or missing in an epoch without gradient reversal
 
 
 @dataclass(frozen=True)
@@ -26,38 +28,29 @@ class Network:
 
     Args:
         label: what the figures call it.
+        settings: of its training, as far as its weights tell; the others have their defaults.
         records: one a trained epoch, from metrics.jsonl.
     """
 
     label: str
-    reader: Reader
-    records: list[dict]
-    device: torch.device
+    classifier: Classifier
+    settings: Config
+    records: list[dict[str, Any]]
 
     @property
-    def config(self) -> Config:
-        """The settings it was trained with."""
-        return self.reader.config
-
-    @property
-    def precision(self) -> str:
-        """What valid.py tests with."""
-        return self.reader.precision_on(self.device)
-
-    def evaluate(self, digits: DigitSet) -> Evaluation:
-        """Counts of right and wrong, by the one accuracy code."""
-        return evaluate(self.reader.model, digits, self.reader.preprocess, self.device, self.precision)
+    def pair(self) -> str:
+        """The domains it was trained for."""
+        return f"{self.classifier.source} → {self.classifier.target}"
 
     def features(self, images: Tensor) -> np.ndarray:
-        """What the extractor makes of the images, in eval mode. Shape: (N, C, H, W) uint8 -> (N, F) float32"""
-        extractor = self.reader.model.extractor
-        return outputs(extractor, images, self.reader.preprocess, self.device, self.precision).cpu().numpy()
+        """What the extractor makes of images. Shape: (N, C, H, W) uint8 -> (N, F) float32"""
+        return self.classifier.features(images).cpu().numpy()
 
 
-def training_command(config: Config, folder: Path, method: str | None = None) -> str:
+def training_command(settings: Config, folder: Path, method: str | None = None) -> str:
     """The command that trains such a network into a folder."""
-    words = ["python", "main.py", "--recipe", config.recipe, "--source", config.source, "--target", config.target]
-    words += ["--method", method or config.method, "--seed", str(config.seed), "--run-dir", str(folder)]
+    words = ["python", "main.py", "--recipe", settings.recipe, "--source", settings.source, "--target", settings.target]
+    words += ["--method", method or settings.method, "--seed", str(settings.seed), "--run-dir", str(folder)]
     return shlex.join(words)
 
 
@@ -71,30 +64,31 @@ def load_network(folder: Path, device: torch.device) -> Network:
         if (folder / "last.pt").is_file():
             raise UserError(f"the run in {folder} is not finished: go on with `python main.py --resume {quoted}`")
         raise UserError(f"there is no run in {folder}: train one with `python main.py --run-dir {quoted}`")
-    reader = load_reader(str(folder), device, allow_download=False)
-    again = training_command(reader.config, folder.with_name(folder.name + "-again"))
+    classifier = load_classifier(str(folder), device, allow_download=False)
+    names = {item.name for item in dataclasses.fields(Config) if item.name != "modern"}
+    settings = Config(**{name: value for name, value in classifier.training.items() if name in names})
+    again = training_command(settings, folder.with_name(folder.name + "-again"))
     records = read_records(folder / "metrics.jsonl", f"train the run again with `{again}`")
-    return Network(METHOD_NAMES[reader.config.method], reader, records, device)
+    return Network(METHOD_NAMES[settings.method], classifier, settings, records)
 
 
-def read_records(path: Path, mend: str) -> list[dict]:
-    """The records of a metrics.jsonl, one an epoch; `mend` ends the line that says what is wrong with it."""
+def read_records(path: Path, fix: str) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, one an epoch; `fix` ends the line that says what is wrong with it."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         for record in records:
             values = [record[key] for key in ALWAYS]
-            values += [record[key] for key in WHERE_ADAPTED if record[key] is not None]
+            values += [record[key] for key in WHERE_ADAPTED if record.get(key) is not None]
             if not all(isinstance(value, int | float) for value in values):
                 raise TypeError("a value is no number")
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): {mend}") from None
+        raise UserError(f"cannot read {path} ({error.strerror}): {fix}") from None
     except KeyError as error:
-        raise UserError(f"{path} is damaged (a line has no {error}): {mend}") from None
+        raise UserError(f"{path} is damaged (a line has no {error}): {fix}") from None
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): {mend}") from None
+        raise UserError(f"{path} is damaged ({error}): {fix}") from None
     if not records:
-        raise UserError(f"{path} is empty: {mend}")
+        raise UserError(f"{path} is empty: {fix}")
     return records
 
 
@@ -103,14 +97,13 @@ def side_by_side(network: Network, other: Network, folder: Path) -> list[Network
 
     Raises: UserError when they were trained on different pairs of domains.
     """
-    pairs = [(each.config.source, each.config.target) for each in (network, other)]
-    if pairs[0] != pairs[1]:
-        told = " and ".join(f"{source} → {target}" for source, target in pairs)
-        command = training_command(network.config, Path("runs/source-only"), "source-only")
-        raise UserError(f"{folder} belongs to another pair ({told}): train its counterpart with `{command}`")
+    if network.pair != other.pair:
+        command = training_command(network.settings, Path("runs/source-only"), "source-only")
+        pairs = f"{network.pair} and {other.pair}"
+        raise UserError(f"{folder} belongs to another pair ({pairs}): train its counterpart with `{command}`")
     if network.label == other.label:
         network, other = (
-            dataclasses.replace(each, label=f"{each.label}, {each.config.recipe}, seed {each.config.seed}")
+            dataclasses.replace(each, label=f"{each.label}, {each.settings.recipe}, seed {each.settings.seed}")
             for each in (network, other)
         )
     if network.label == other.label:
@@ -128,9 +121,9 @@ class Domains:
     target_test: DigitSet
 
 
-def load_domains(config: Config, data_dir: Path, download: bool) -> Domains:
+def load_domains(classifier: Classifier, data_dir: Path, download: bool) -> Domains:
     """Read what a network was trained and tested on, fetching what is missing when `download` allows it."""
-    keys = [(name, split) for name in (config.source, config.target) for split in ("train", "test")]
+    keys = [(name, split) for name in (classifier.source, classifier.target) for split in ("train", "test")]
     sets = load_side_by_side(keys, data_dir, download)
     return Domains(*(sets[key] for key in keys))
 

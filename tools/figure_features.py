@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 
 from tools.figure_data import Domains, Network, sample
 from utils.cli import UserError
-from utils.plots import DIGITS, SOURCE, TARGET, new_figure, without_frame
+from watch.plots import DIGITS, SOURCE, TARGET, new_figure, without_frame
 
 SAMPLES = 3000  # half of each domain
 NEIGHBOURS = 10
@@ -31,7 +31,7 @@ def proxy_a_distance(f_s: np.ndarray, f_t: np.ndarray) -> float:
     Note: the classifier is a logistic regression on standardised features, not a support vector machine; ε is the
     error over five held-out fifths. An ε above 1/2 is chance and counts as 1/2.
 
-    Shape: (N, F), (M, F) -> a number from 0 (can't be told apart) to 2 (always told apart)
+    Shape: (N, F), (M, F) -> a number from 0 (no better than chance) to 2 (always right)
     """
     features, domains = np.concatenate((f_s, f_t)), np.repeat((0, 1), (len(f_s), len(f_t)))
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
@@ -83,34 +83,30 @@ def draw_domains(axes: Axes, points: np.ndarray, sources: int) -> None:
     """Points coloured by domain; the first `sources` are the source's."""
     colours = np.repeat((SOURCE, TARGET), (sources, len(points) - sources))
     order = np.random.default_rng(SEED).permutation(len(points))  # else one domain would cover the other
-    axes.scatter(*points[order].T, s=5, c=colours[order], alpha=0.7, linewidths=0)
+    axes.scatter(points[order, 0], points[order, 1], 5, colours[order], alpha=0.7, linewidths=0)
 
 
 def draw_digits(axes: Axes, points: np.ndarray, digits: np.ndarray, sources: int) -> None:
     """Points coloured by digit, and numerals where most of a digit's source and of its target points are."""
     order = np.random.default_rng(SEED).permutation(len(points))
-    axes.scatter(*points[order].T, s=5, c=np.array(DIGITS)[digits[order]], alpha=0.7, linewidths=0)
-    places = []
+    axes.scatter(points[order, 0], points[order, 1], 5, np.array(DIGITS)[digits[order]], alpha=0.7, linewidths=0)
+    places: list[np.ndarray] = []
     for part in (slice(sources), slice(sources, None)):
         for digit in np.unique(digits[part]):
             place = densest(points[part][digits[part] == digit])
             if all(np.abs(place - other).max() > 0.07 * np.ptp(points) for other in places):  # not over each other
                 places.append(place)
-                box = {
-                    "boxstyle": "circle,pad=0.15",
-                    "facecolor": "white",
-                    "edgecolor": DIGITS[digit],
-                    "linewidth": 1.5,
-                }
-                axes.text(*place, str(digit), ha="center", va="center", fontsize=9, fontweight="bold", bbox=box)
+                look = {"facecolor": "white", "edgecolor": DIGITS[digit], "linewidth": 1.5}
+                box = {"boxstyle": "circle,pad=0.15", **look}
+                x, y = place
+                axes.text(x, y, str(digit), ha="center", va="center", fontsize=9, fontweight="bold", bbox=box)
 
 
 def features_figure(networks: list[Network], domains: Domains) -> tuple[Figure, list[dict]]:
     """The features of each network, coloured by domain and by digit; and the numbers under the pictures."""
-    half = SAMPLES // 2
-    half = min(half, *(len(a) + len(b) for a, b in (
-        (domains.source_test, domains.source_train), (domains.target_test, domains.target_train),
-    )))  # fmt: skip
+    sources = len(domains.source_test) + len(domains.source_train)
+    targets = len(domains.target_test) + len(domains.target_train)
+    half = min(SAMPLES // 2, sources, targets)
     if half <= NEIGHBOURS:
         raise UserError(f"{half} images of a domain are too few for a figure: download the whole set again")
     x_s, y_s = sample(domains.source_test, domains.source_train, half, SEED)

@@ -1,41 +1,38 @@
-"""Draw what a run has learnt: features, network, samples, curves, confusion matrix and misread digits, as PNG.
+"""Draw what a run has learnt: features, network, samples, curves, confusion matrix, misclassified digits, as PNG.
 
-    python tools/figures.py                               # the README's figures, into results/figures
-    python tools/figures.py RUN --compare SOURCE_ONLY_RUN # any run's, into RUN/figures
+    python -m tools.figures                               # those of results/figures
+    python -m tools.figures RUN --compare SOURCE_ONLY_RUN # any run's, into RUN/figures
 
-The README's figures come from the two runs that are kept in results/figures; its README says how they were trained.
+The former come from the two runs that are kept in results/figures; its README says how they were trained.
 """
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import matplotlib
+from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from tools.figure_architecture import architecture_figure
+from tools.figure_curves import curves_figure
+from tools.figure_data import Network, load_domains, load_network, side_by_side
+from tools.figure_features import features_figure
+from tools.figure_samples import samples_figure
+from utils import machine
+from utils.cli import run_script, say, script_parser
+from utils.files import make_folder, write_json
+from valid import evaluate
+from watch.plots import STYLE, confusion_figure, misclassified_figure, save_figure
 
-from tools.figure_architecture import architecture_figure  # noqa: E402
-from tools.figure_curves import curves_figure  # noqa: E402
-from tools.figure_data import Network, load_domains, load_network, side_by_side  # noqa: E402
-from tools.figure_features import features_figure  # noqa: E402
-from tools.figure_samples import samples_figure  # noqa: E402
-from utils import machine  # noqa: E402
-from utils.cli import run_script, script_parser  # noqa: E402
-from utils.files import make_folder, write_json  # noqa: E402
-from utils.plots import STYLE, confusion_figure, misread_figure, save_figure  # noqa: E402
-from utils.run_log import say  # noqa: E402
-
-KEPT = ROOT / "results" / "figures"
+KEPT = Path(__file__).resolve().parent.parent / "results" / "figures"
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = script_parser(
-        description="Draw the figures of a run; without arguments those of the README.",
+        description="Draw the figures of a run; without arguments those of results/figures.",
         epilog="examples:\n"
-        "  python tools/figures.py                                  the README's figures, into results/figures\n"
-        "  python tools/figures.py runs/dann --compare runs/source-only",
+        "  python -m tools.figures                                   those of results/figures\n"
+        "  python -m tools.figures runs/dann --compare runs/source-only",
     )
     parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="run folder (default: results/figures/dann)")
     parser.add_argument(
@@ -59,19 +56,18 @@ def parse_arguments() -> argparse.Namespace:
 
 def about(network: Network) -> dict:
     """How figures.json names a network."""
-    config = network.config
     keys = ("recipe", "source", "target", "method", "network", "seed")
-    return {"label": network.label, **{key: getattr(config, key) for key in keys}}
+    return {"label": network.label, **{key: getattr(network.settings, key) for key in keys}}
 
 
 def draw(networks: list[Network], args: argparse.Namespace) -> dict:
     """Draw and save every figure; returns the numbers that stand in them."""
     run = networks[-1]
-    domains = load_domains(run.config, args.data_dir, args.download)
+    domains = load_domains(run.classifier, args.data_dir, args.download)
     make_folder(args.out)
     numbers = [about(network) for network in networks]
 
-    def save(name: str, figure) -> None:
+    def save(name: str, figure: Figure) -> None:
         save_figure(figure, args.out / f"{name}.png")
         say(f"{args.out / name}.png")
 
@@ -80,17 +76,17 @@ def draw(networks: list[Network], args: argparse.Namespace) -> dict:
         save("samples", samples_figure(run, domains))
         save("curves", curves_figure(networks))
         target = domains.target_test
-        tested = {network.label: network.evaluate(target) for network in networks}
+        tested = {network.label: evaluate(network.classifier, target) for network in networks}
         confusions = {name: outcome.confusion for name, outcome in tested.items()}
         save("confusion", confusion_figure(confusions, target.mark))
-        readings = {name: outcome.predicted for name, outcome in tested.items()}
-        figure, misread = misread_figure(readings, target, run.reader.preprocess.image_size)
-        save("misread", figure)
+        predictions = {name: outcome.predicted for name, outcome in tested.items()}
+        figure, counts = misclassified_figure(predictions, target, run.classifier.preprocess.image_size)
+        save("misclassified", figure)
         figure, features = features_figure(networks, domains)
         save("features", figure)
     for entry, outcome, found in zip(numbers, tested.values(), features, strict=True):
         entry |= {"target_correct": outcome.correct, "target_total": outcome.total, **found}
-    return {"kind": "figures", "networks": numbers, "target_test_digits": misread}
+    return {"kind": "figures", "networks": numbers, "target_test_digits": counts}
 
 
 def main() -> None:

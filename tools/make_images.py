@@ -1,29 +1,27 @@
 """Write the pictures in images/, composed of rendered digits and of handwriting from scikit-learn's test digits.
 
-python tools/make_images.py
+python -m tools.make_images
 """
 
 import functools
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from sklearn.datasets import load_digits
+from sklearn.utils import Bunch
+
+from digits.readers import OPTDIGITS_TRAIN
+from digits.synth import FACES, GLYPH_HEIGHT, glyphs, render_digit
+from utils.cli import run_script, script_parser
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from data_loader import OPTDIGITS_TRAIN  # noqa: E402
-from utils.cli import run_script, script_parser  # noqa: E402
-from utils.synth_digits import FACES, GLYPH_HEIGHT, glyphs, render_digit  # noqa: E402
-
 SYNTH_SEED = 1  # not the seed of the training images
 BOLD = FACES.index(("DejaVuSans-Bold", 0x30))
 
 
 @functools.cache
-def scans():
+def scans() -> Bunch:
     """scikit-learn's handwritten digits."""
     return load_digits()
 
@@ -36,7 +34,7 @@ def handwriting(rng: np.random.Generator, digit: int, height: int) -> np.ndarray
     used = np.flatnonzero(pixels.any(0))
     small = Image.fromarray(np.pad(pixels[:, used[0] : used[-1] + 1], 1).astype(np.float32))
     width = round(height * small.width / small.height)
-    large = np.asarray(small.resize((width, height), Image.BICUBIC))
+    large = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
     return np.clip((large - 0.4) / 0.3, 0, 1)  # pens leave sharper edges than an enlargement
 
 
@@ -45,7 +43,7 @@ def print_digit(digit: int, height: int) -> np.ndarray:
     tiles, _ = glyphs()
     tile = tiles[BOLD][digit]
     scale = height / GLYPH_HEIGHT
-    large = tile.resize([round(side * scale) for side in tile.size], Image.BICUBIC)
+    large = tile.resize([round(side * scale) for side in tile.size], Image.Resampling.BICUBIC)
     cover = np.clip(np.asarray(large) * scale + 0.5, 0, 1)
     used = np.flatnonzero(cover.any(0))
     return cover[:, used[0] : used[-1] + 1]
@@ -63,7 +61,7 @@ def write_line(page: np.ndarray, digits: list[np.ndarray], left: int, top: int, 
 def paper(rng: np.random.Generator, width: int, height: int, colour: tuple, unevenness: float) -> np.ndarray:
     """A sheet with soft stains. Shape: -> (height, width, 3) float32 in [0, 255]."""
     grid = Image.fromarray(rng.uniform(1 - unevenness, 1, (4, 5)).astype(np.float32))
-    light = np.asarray(grid.resize((width, height), Image.BICUBIC))
+    light = np.asarray(grid.resize((width, height), Image.Resampling.BICUBIC))
     return light[..., None] * np.array(colour, np.float32)
 
 
@@ -81,7 +79,7 @@ def plate(rng: np.random.Generator) -> None:
     draw = ImageDraw.Draw(wall)
     for row, y in enumerate(range(-10, 340, 34)):
         for x in range(-(row % 2) * 45, 480, 90):
-            shade = rng.integers(-14, 15)
+            shade = int(rng.integers(-14, 15))
             draw.rectangle((x, y, x + 85, y + 29), (150 + shade, 82 + shade, 62 + shade))
     draw.rounded_rectangle((84, 76, 402, 270), 16, (25, 45, 110))
     draw.rounded_rectangle((94, 86, 392, 260), 10, outline=(235, 235, 230), width=4)
@@ -124,7 +122,7 @@ def single_digits() -> None:
     images, labels = digits.images[OPTDIGITS_TRAIN:], digits.target[OPTDIGITS_TRAIN:]
     seven, five = (images[np.flatnonzero(labels == digit)[7]] * (255 / 16) for digit in (7, 5))
     ink = Image.fromarray((255 - seven).round().astype(np.uint8))
-    ink.resize((128, 128), Image.BICUBIC).save(ROOT / "images" / "seven.png")
+    ink.resize((128, 128), Image.Resampling.BICUBIC).save(ROOT / "images" / "seven.png")
     Image.fromarray(five.round().astype(np.uint8)).save(ROOT / "images" / "five.png")
 
     index = next(i for i in range(100) if render_digit(SYNTH_SEED, i)[1] == 4)
@@ -136,8 +134,8 @@ def main() -> None:
     script_parser(
         description="Write the pictures in images/.",
         epilog="examples:\n"
-        "  python tools/make_images.py                          the pictures to try image_annotate.py on\n"
-        "  python tools/make_images.py --help",
+        "  python -m tools.make_images          the pictures to try image_annotate.py on\n"
+        "  python -m tools.make_images --help",
     ).parse_args()
     single_digits()
     for number, picture in enumerate((plate, note, blackboard, shadow)):

@@ -1,14 +1,13 @@
 """Train on the development pair that is as hard as real house numbers: main.py, with another `synth`.
 
-    python tools/uneven_synth.py --recipe modern --source mnist --target synth --epochs 5
+    python -m tools.uneven_synth --recipe modern --source mnist --target synth --epochs 5
 
 Takes every flag of main.py. `synth` becomes 8,535 training and 4,868 test images that are small, dim, noisy and from
-JPEG, of some classes three times as many as of others; results call them "degraded synth". results/modern has some.
+JPEG, of some classes three times as many as of others; results call them "degraded synth".
 """
 
 import dataclasses
 import io
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +16,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import data_loader  # noqa: E402
-import main  # noqa: E402
-from utils.cli import run_script  # noqa: E402
+import main
+from digits.domains import DOMAINS
+from digits.readers import read_synth
+from utils.cli import run_script
 
 TRAIN_IMAGES = 14_000  # of the training images of `synth`; the others are added to its test images
 SHARES = np.geomspace(1, 1 / 3, 10)[np.random.default_rng(7).permutation(10)]  # of each class, which is kept
@@ -79,11 +76,11 @@ def uneven(labels: Tensor, seed: int) -> Tensor:
 
 def read_uneven_synth(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
     """One split of the degraded, uneven `synth`, made anew each time, in seconds."""
-    images, labels = data_loader.read_synth(data_dir, "train")
+    images, labels = read_synth(data_dir, "train")
     if split == "train":
         images, labels = images[:TRAIN_IMAGES], labels[:TRAIN_IMAGES]
     else:
-        more, more_labels = data_loader.read_synth(data_dir, "test")
+        more, more_labels = read_synth(data_dir, "test")
         images, labels = torch.cat((images[TRAIN_IMAGES:], more)), torch.cat((labels[TRAIN_IMAGES:], more_labels))
     kept = uneven(labels, 1 if split == "train" else 2)
     return degrade(images[kept], 3 if split == "train" else 4, split == "train"), labels[kept]
@@ -91,8 +88,7 @@ def read_uneven_synth(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
 
 def run() -> None:
     """What main.py does, with `synth` replaced."""
-    row = data_loader.DOMAINS["synth"]
-    data_loader.DOMAINS["synth"] = dataclasses.replace(row, title="degraded synth", read=read_uneven_synth)
+    DOMAINS["synth"] = dataclasses.replace(DOMAINS["synth"], title="degraded synth", read=read_uneven_synth)
     main.main()
 
 

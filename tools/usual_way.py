@@ -1,11 +1,11 @@
-"""How domain-adversarial training is usually scripted: our own code, the baseline of tools/benchmark.py.
+"""How domain-adversarial training is usually scripted: our own code, the baseline of tools.benchmark.
 
 A `Dataset` that turns one image after the other into a PIL image and through torchvision's transforms, a `DataLoader`
 with two workers for each domain, fp32, one forward pass for each domain, `.item()` on the losses in every step.
 Network, batch, device and optimiser are those of the recipe.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,10 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
 from data_loader import DigitSet
-from model import DANN
-from utils.config import Config
+from methods.networks import NETWORKS, build_network
+from methods.optimisation import MOMENTUM
+from methods.recipes import Config
+from model import reverse_gradient
 
 WORKERS = 2
 ENDLESS = 10_000_000  # images to draw: the workers start once and not in every round
@@ -24,7 +26,7 @@ ENDLESS = 10_000_000  # images to draw: the workers start once and not in every 
 class Digits(Dataset):
     """One (C, S, S) tensor in [0, 1] and its label at a time."""
 
-    def __init__(self, digits: DigitSet, transform):
+    def __init__(self, digits: DigitSet, transform: Callable[[Image.Image], torch.Tensor]):
         self.images, self.labels, self.transform = digits.images.numpy(), digits.labels.tolist(), transform
 
     def __len__(self) -> int:
@@ -41,9 +43,10 @@ def per_image(x: torch.Tensor) -> torch.Tensor:
     return (x - x.mean()) / x.std().clamp_min(1e-3)
 
 
-def transform_of(config: Config, training: bool):
+def transform_of(config: Config, training: bool) -> Callable[[Image.Image], torch.Tensor]:
     """The recipe's preprocessing from torchvision's parts; augmentation in training alone."""
-    steps = [transforms.Resize((config.image_size, config.image_size))]
+    size = NETWORKS[config.network].image_size
+    steps: list[Callable] = [transforms.Resize((size, size))]
     if training and config.augmentation == "affine":
         steps.append(transforms.RandomAffine(15, (0.06, 0.06), (0.85, 1.15), 9))
     steps.append(transforms.ToTensor())
@@ -54,15 +57,20 @@ def transform_of(config: Config, training: bool):
     return transforms.Compose(steps)
 
 
+def domain_loss(logits: torch.Tensor, domain: int) -> torch.Tensor:
+    """Of a whole batch from one domain, 0 = source, 1 = target. Shape: (N,) -> ()"""
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, domain))
+
+
 class UsualWay:
     """A network with its two loaders; `train` and `test` go on where they stopped."""
 
     def __init__(self, config: Config, source: DigitSet, target: DigitSet, device: torch.device):
         self.config, self.device = config, device
-        self.model = DANN(config.network, config.dropout).to(device)
+        self.model = build_network(config.network, config.dropout).to(device)
         if config.optimizer == "sgd":
-            options = {"momentum": config.momentum, "weight_decay": config.weight_decay}
-            self.optimizer = torch.optim.SGD(self.model.parameters(), config.lr, **options)
+            sgd = torch.optim.SGD(self.model.parameters(), config.lr, MOMENTUM, weight_decay=config.weight_decay)
+            self.optimizer: torch.optim.Optimizer = sgd
         else:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), config.lr, weight_decay=config.weight_decay)
         self.batches_s, self.batches_t = (self.batches(digits, True) for digits in (source, target))
@@ -82,20 +90,14 @@ class UsualWay:
             x_s, y_s, x_t = x_s.to(self.device), y_s.to(self.device), x_t.to(self.device)
             f_s = self.model.extractor(x_s)
             loss_label = F.cross_entropy(self.model.classifier(f_s), y_s)
-            loss_s = self.domain_loss(self.model.discriminator(f_s, 0.1), 0)
-            loss_t = self.domain_loss(self.model.discriminator(self.model.extractor(x_t), 0.1), 1)
+            loss_s = domain_loss(self.model.discriminator(reverse_gradient(f_s, 0.1)), 0)
+            loss_t = domain_loss(self.model.discriminator(reverse_gradient(self.model.extractor(x_t), 0.1)), 1)
             loss = loss_label + loss_s + loss_t
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
             loss_label.item(), loss_s.item(), loss_t.item()  # for the progress bar, as usual
         return steps * 2 * self.config.batch_size
-
-    @staticmethod
-    def domain_loss(logits: torch.Tensor, domain: int) -> torch.Tensor:
-        if logits.shape[1] == 1:
-            return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, domain))
-        return F.cross_entropy(logits, torch.full((len(logits),), domain, device=logits.device))
 
     @torch.no_grad()
     def test(self, steps: int) -> int:

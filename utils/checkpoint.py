@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,7 +13,7 @@ from utils.cli import UserError
 from utils.files import write_atomically
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write the state of a run: plain dicts, tensors and numbers alone."""
     write_atomically(path, lambda file: torch.save(state, file))
 
@@ -61,7 +62,10 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
             raise UserError(f"{path} is no safetensors file ({reason}): use a file that main.py wrote") from None
     else:
         state = _load_torch(path)
-        weights, about = state.get("model", state), state.get("about")
+        weights, about = state.get("model", state), state.get("use")
+        if state.get("teacher"):  # which is what is tested and kept
+            average = state["teacher"]["average"]
+            weights = {key.removeprefix("module."): average[key] for key in average if key.startswith("module.")}
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{path} holds no state dict of tensors: use a file that main.py wrote")
     if not isinstance(about, dict):

@@ -4,14 +4,17 @@ Exit codes: 0 done, 1 failed (one line on stderr), 2 usage (argparse), 130 inter
 """
 
 import argparse
+import contextlib
 import errno
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 
 class UserError(Exception):
-    """A mistake or a fault that the user can mend: one line that says what is wrong and how to mend it."""
+    """A mistake or a fault that the user can fix: one line that says what is wrong and how to fix it."""
 
 
 class Interrupted(Exception):
@@ -33,11 +36,47 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def started_by_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def say(text: str = "") -> None:
+    """Print a line for people: stderr, so that stdout ends with the result alone. Of several processes one speaks."""
+    if is_first_process():
+        print(text, file=sys.stderr, flush=True)
+
+
+class StopRequest:
+    """Whether somebody has asked the process to stop."""
+
+    made = False
+
+
+@contextlib.contextmanager
+def stop_on_ctrl_c() -> Iterator[StopRequest]:
+    """Turn the first Ctrl-C into a request to stop; a second one ends at once."""
+    request = StopRequest()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        request.made = True
+        signal.signal(number, signal.default_int_handler)
+
+    # torchrun passes Ctrl-C on to its processes as SIGTERM.
+    signals = (signal.SIGINT, signal.SIGTERM) if started_by_torchrun() else (signal.SIGINT,)
+    previous = {number: signal.signal(number, note) for number in signals}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main function and turn what the user can mend into one line and an exit code."""
+    """Run a script's main function and turn what the user can fix into one line and an exit code."""
     try:
         try:
             main()

@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from utils.cli import UserError
+from utils.cli import UserError, started_by_torchrun
 
+T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # the others wait that long while the first one tests or downloads
 
 
@@ -30,7 +33,7 @@ class Processes:
         """Whether this process is the one that writes logs, checkpoints and results."""
         return self.rank == 0
 
-    def share(self, length: int) -> slice:
+    def part(self, length: int) -> slice:
         """The part of a batch of `length` images that this process takes; `length` is a multiple of `count`."""
         size = length // self.count
         return slice(self.rank * size, (self.rank + 1) * size)
@@ -60,11 +63,25 @@ class Processes:
             values /= self.count
         return values
 
-    def gather(self, value: object) -> list:
+    def means(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The means over the processes of values without dimensions, by name."""
+        if self.count == 1:
+            return {name: value.detach() for name, value in values.items()}
+        stacked = torch.stack([value.detach().float() for value in values.values()])
+        return dict(zip(values, self.mean_(stacked).unbind(), strict=True))
+
+    def from_first(self, value: T) -> T:
+        """The value of the process that writes, in all of them."""
+        values = [value]
+        if self.count > 1:
+            dist.broadcast_object_list(values, group=_host_group())
+        return values[0]
+
+    def gather(self, value: T) -> list[T]:
         """Every process's value by rank, in the process that writes; elsewhere an empty list."""
         if self.count == 1:
             return [value]
-        values = [None] * self.count if self.writes else None
+        values: list | None = [None] * self.count if self.writes else None
         dist.gather_object(value, values, group=_host_group())
         return values or []
 
@@ -72,7 +89,7 @@ class Processes:
         """Go on when all processes have come here."""
         self.any(False)
 
-    def first_alone(self, job: Callable[[], object]) -> object:
+    def first_alone(self, job: Callable[[], T]) -> T:
         """Let rank 0 do a job before the others do it: what it has downloaded, they find."""
         if self.writes:
             try:
@@ -81,6 +98,12 @@ class Processes:
                 self.wait()
         self.wait()
         return job()
+
+    def wrap(self, objective: nn.Module) -> nn.Module:
+        """The objective with gradients that are averaged over the processes."""
+        if self.count == 1:
+            return objective
+        return DistributedDataParallel(objective, process_group=gradient_group())
 
 
 ALONE = Processes()
@@ -99,11 +122,6 @@ def gradient_group() -> dist.ProcessGroup:
     thread that still holds the tensor of the last exchange when Python ends aborts the process.
     """
     return _groups["gradients"]
-
-
-def started_by_torchrun() -> bool:
-    """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 @contextmanager
@@ -127,8 +145,8 @@ def join(device: torch.device) -> Iterator[Processes]:
         raise UserError(f"several processes train on CUDA or CPUs, not on {device.type}: give --device cpu")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     world, other = ("gradients", "host") if device.type == "cuda" else ("host", "gradients")
-    _groups[world] = dist.group.WORLD
-    _groups[other] = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    _groups[world] = dist.distributed_c10d._get_default_group()
+    _groups[other] = dist.new_group(backend="gloo", timeout=TIMEOUT)  # type: ignore[assignment]
     try:
         yield Processes(rank, count)
     finally:
@@ -150,13 +168,23 @@ class SumOverProcesses(torch.autograd.Function):
         return SumOverProcesses.apply(grad_output)
 
 
+def mean_over_processes(x: Tensor) -> Tensor:
+    """The mean over the processes of a tensor, with its gradient."""
+    return SumOverProcesses.apply(x) / dist.get_world_size()
+
+
 class JoinedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm whose batch is that of all processes, on any device (torch's SyncBatchNorm knows only GPUs).
+    """Batch norm whose batch is that of all processes, between CPUs (torch's SyncBatchNorm knows only GPUs).
 
     In eval mode it is ordinary batch norm. Every process brings a batch of the same size.
 
     Shape: (N, C, *) -> (N, C, *)
     """
+
+    momentum: float
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2:
@@ -166,28 +194,29 @@ class JoinedBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training:
             return super().forward(x)
         rest = [0, *range(2, x.dim())]  # all but the channels
+        shape = (1, -1, *[1] * (x.dim() - 2))
         wide = x.float()
-        sums = SumOverProcesses.apply(torch.stack((wide.mean(rest), wide.square().mean(rest)))) / dist.get_world_size()
-        mean, variance = sums[0], sums[1] - sums[0].square()
+        mean = mean_over_processes(wide.mean(rest))
+        # Of the deviations, not E[x²] − E[x]², which cancels to below zero where the mean is large.
+        variance = mean_over_processes((wide - mean.view(shape)).square().mean(rest))
         count = x.numel() // x.shape[1] * dist.get_world_size()
         with torch.no_grad():
-            self.num_batches_tracked += 1
+            self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        shape = (1, -1, *[1] * (x.dim() - 2))
-        return (wide * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(x.dtype)
+        return ((wide - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
 
 
-def join_batch_norms(module: nn.Module) -> None:
+def join_batch_norms(module: nn.Module, device: torch.device) -> None:
     """Replace every batch norm inside by one over all processes; names and values of its weights stay."""
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return
     for name, child in module.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            joined = JoinedBatchNorm(child.num_features, child.eps, child.momentum)
+            joined = JoinedBatchNorm(child.num_features, child.eps, child.momentum, device=child.weight.device)
             joined.load_state_dict(child.state_dict())
-            joined.weight, joined.bias = child.weight, child.bias
-            joined.running_mean, joined.running_var = child.running_mean, child.running_var
-            joined.num_batches_tracked = child.num_batches_tracked
             setattr(module, name, joined.train(child.training))
         else:
-            join_batch_norms(child)
+            join_batch_norms(child, device)

@@ -1,15 +1,12 @@
 """Download a file so that its final name never holds anything but the bytes that its checksum names."""
 
 import contextlib
-import errno
-import hashlib
 import http.client
 import os
 import queue
 import socket
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -18,156 +15,113 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from utils.cli import Interrupted, UserError
+from utils.cli import NO_SPACE, Interrupted, UserError, say
+from utils.files import checksum as checksum_of
 
-try:
+if sys.platform != "win32":  # which does not let a file that another process holds open be renamed
     import fcntl
-except ImportError:  # Windows, which does not let a file that another process holds open be renamed
-    fcntl = None
 
 SILENCE_SECONDS = 25.0  # without one byte, over all addresses: a missing network is said within 30 s
+TIMEOUT_SECONDS = 10.0  # of one address without an answer or the next byte; less where there are many
 RETRIES = 3  # of an address whose connection broke off midway
 CHUNK_BYTES = 1 << 18
 USER_AGENT = "dann-pytorch/1.0"  # some sites refuse urllib's own name
 
 
 class _Fault(Exception):
-    """What one address did wrong, in a few words, and how many bytes it sent before."""
-
-    def __init__(self, text: str, received_bytes: int = 0):
-        super().__init__(text)
-        self.received_bytes = received_bytes
+    """What one address did wrong, in a few words."""
 
 
-class _Patience:
-    """The seconds that may still pass without a byte; every byte fills them up again."""
-
-    def __init__(self):
-        self.heard()
-
-    def heard(self) -> None:
-        self.since = time.monotonic()
-
-    def left_seconds(self) -> float:
-        return max(0.1, self.since + SILENCE_SECONDS - time.monotonic())
-
-
-def download(
-    urls: Sequence[str],
-    path: Path,
-    checksum: str,
-    timeout_seconds: float = 10.0,
-    progress: bool = True,
-    again: str = "the same command",
-) -> None:
+def download(urls: Sequence[str], path: Path, checksum: str, again: str = "the same command") -> None:
     """Make `path` hold the file with this checksum, from the first of the addresses that delivers it.
 
     The bytes are collected in `<path>.part`, which a later call resumes. A file with another checksum is
     removed and the next address tried. A `path` with the right checksum is left alone, any other is replaced.
 
     Args:
-        urls: addresses of the same file, tried in turn.
+        urls: http or https addresses of the same file, tried in turn.
         path: the file's final name; its folder is made.
         checksum: `md5:…` or `sha256:…`, hexadecimal.
-        timeout_seconds: the longest wait for an answer or the next byte; less where many addresses are left.
-        progress: show a progress bar, where stderr is a terminal.
-        again: the command that the messages tell the user to run again.
+        again: the command that the messages ask the user to run again.
 
     Raises:
         UserError: no address delivered the file, or the disk did not take it.
         Interrupted: Ctrl-C; what came so far is kept.
     """
-    part = _part(path)
     try:
         with _file_faults(path, again):
             path.parent.mkdir(parents=True, exist_ok=True)
-        with _folder_lock(path.parent):
-            # Looked at behind the lock: the process that held it may have fetched this very file.
-            with _file_faults(path, again):
-                if path.exists() and _has_checksum(path, checksum):
-                    return
-            _try_addresses(urls, path, checksum, timeout_seconds, progress, again)
+            with _folder_lock(path.parent):
+                # Looked at behind the lock: the process that held it may have fetched this very file.
+                if not (path.exists() and _has_checksum(path, checksum)):
+                    _try_addresses(urls, path, checksum, again)
     except KeyboardInterrupt:
+        part = _part(path)
         kept = f"{_size(part):,} bytes are kept in {part}, " if _size(part) else ""
         raise Interrupted(f"interrupted: {kept}run {again} again{', it resumes' if kept else ''}") from None
 
 
-def _try_addresses(urls, path: Path, checksum: str, timeout_seconds, progress, again) -> None:
+def _try_addresses(urls: Sequence[str], path: Path, checksum: str, again: str) -> None:
     """Try the addresses in turn, and one that breaks off midway several times."""
     part = _part(path)
-    faults = {}
-    patience = _Patience()
-    for number, url in enumerate(urls):
-        host = url.partition("://")[2].partition("/")[0]
+    faults: dict[str, str] = {}
+    # After the last byte one address may stall, and each of them may then give no answer.
+    seconds = min(TIMEOUT_SECONDS, SILENCE_SECONDS / (len(urls) + 1))
+    for url in urls:
+        host = urlsplit(url).netloc
         for _ in range(1 + RETRIES):
-            # Each address left gets its share of the patience, or the last one would never be tried.
-            seconds = min(timeout_seconds, patience.left_seconds() / (len(urls) - number))
             kept_bytes = _size(part)
             try:
-                _receive(url, path, seconds, patience, progress, again)
+                _receive(url, part, path.name, seconds)
             except _Fault as fault:
                 faults[host] = str(fault)
-                if fault.received_bytes:
-                    continue
-                break
-            with _file_faults(path, again):
-                if _has_checksum(part, checksum):
-                    os.replace(part, path)
-                    return
-                part.unlink(missing_ok=True)
+                if _size(part) == kept_bytes:
+                    break
+                continue
+            if _has_checksum(part, checksum):
+                os.replace(part, path)
+                return
+            part.unlink()
             faults[host] = "sent a file with another checksum"
             if not kept_bytes:
                 break
             # Else the bytes kept from before may be the wrong ones: this address again, from the start.
 
-    said = "; ".join(f"{host}: {text}" for host, text in faults.items())
+    reasons = "; ".join(f"{host}: {text}" for host, text in faults.items())
     if kept_bytes := _size(part):
-        mend = f"{kept_bytes:,} bytes are kept in {part}, run {again} again, it resumes"
+        fix = f"{kept_bytes:,} bytes are kept in {part}, run {again} again, it resumes"
     else:
-        mend = f"check the network and run {again} again, or copy the file to {path} by hand"
-    raise UserError(f"cannot download {path.name} ({said}): {mend}")
+        fix = f"check the network and run {again} again, or copy the file to {path} by hand"
+    raise UserError(f"cannot download {path.name} ({reasons}): {fix}")
 
 
-def _receive(url: str, path: Path, seconds: float, patience: _Patience, progress: bool, again: str) -> None:
+def _receive(url: str, part: Path, title: str, seconds: float) -> None:
     """Add to the partial file what it lacks; raises _Fault, with the bytes so far kept."""
-    part = _part(path)
     offset = _size(part)
-    headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
-    if offset:
-        headers["Range"] = f"bytes={offset}-"
+    headers = {"User-Agent": USER_AGENT} | ({"Range": f"bytes={offset}-"} if offset else {})
     try:
         response = _open(url, headers, seconds)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 416 and offset:
-            return  # nothing lies beyond the bytes we have: the file or wrong ones, as the checksum tells
+            return  # nothing lies beyond the bytes we have: they are the file, or wrong, as the checksum shows
         raise _Fault(f"HTTP {error.code} {error.reason}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise _Fault(_reason(error)) from None
 
     with response:
-        resumes = response.status == 206
-        if resumes and not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
-            raise _Fault("sent another range of the file than was asked for")
-        start = offset if resumes else 0
-        length = response.length  # None where the server does not say
-        received = 0
+        start = offset if response.status == 206 else 0  # else the server ignores ranges
+        end = None if response.length is None else start + response.length
         with (
-            _file_faults(path, again),
-            part.open("ab" if resumes else "wb") as file,
-            tqdm(
-                desc=path.name, total=None if length is None else start + length, initial=start,
-                unit="B", unit_scale=True, disable=None if progress else True,
-            ) as bar,
-        ):  # fmt: skip
-            while chunk := _read(response, received):
+            part.open("ab" if start else "wb") as file,
+            tqdm(desc=title, total=end, initial=start, unit="B", unit_scale=True, disable=None) as bar,
+        ):
+            while chunk := _read(response):
                 file.write(chunk)
                 file.flush()  # so that a process that is killed keeps them too
-                received += len(chunk)
-                patience.heard()
                 bar.update(len(chunk))
-        if length is not None and received < length:
-            raise _Fault("the connection broke off", received)
+    if end is not None and _size(part) < end:
+        raise _Fault("the connection broke off")
 
 
 def _open(url: str, headers: dict[str, str], seconds: float) -> http.client.HTTPResponse:
@@ -175,14 +129,11 @@ def _open(url: str, headers: dict[str, str], seconds: float) -> http.client.HTTP
 
     In a thread, because looking up a name heeds no timeout and a socket's timeout begins anew at each byte.
     """
-    answers = queue.SimpleQueue()
+    answers: queue.SimpleQueue[http.client.HTTPResponse | Exception] = queue.SimpleQueue()
 
     def ask() -> None:
         try:
-            if urlsplit(url).scheme not in ("http", "https"):
-                raise ValueError("not an http or https address")
-            request = urllib.request.Request(url, headers=headers)
-            answers.put(urllib.request.urlopen(request, timeout=seconds))
+            answers.put(urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=seconds))
         except Exception as error:
             answers.put(error)
 
@@ -196,12 +147,12 @@ def _open(url: str, headers: dict[str, str], seconds: float) -> http.client.HTTP
     return answer
 
 
-def _read(response: http.client.HTTPResponse, received_bytes: int) -> bytes:
+def _read(response: http.client.HTTPResponse) -> bytes:
     """What has arrived, b"" at the end; network errors leave as _Fault, so that an OSError is the disk's."""
     try:
         return response.read1(CHUNK_BYTES)
     except (OSError, http.client.HTTPException) as error:
-        raise _Fault(_reason(error), received_bytes) from None
+        raise _Fault(_reason(error)) from None
 
 
 def _reason(error: BaseException) -> str:
@@ -223,12 +174,12 @@ def _file_faults(path: Path, again: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in NO_SPACE:
             with contextlib.suppress(OSError):
                 _part(path).unlink()
             raise UserError(f"no space left for {path}: free some and run {again} again") from None
         raise UserError(
-            f"cannot use {path} ({error.strerror}): mend its folder's permissions or choose another folder"
+            f"cannot use {path} ({error.strerror}): fix its folder's permissions or choose another folder"
         ) from None
 
 
@@ -237,14 +188,14 @@ def _folder_lock(folder: Path) -> Iterator[None]:
     """Let one process at a time download into a folder: two that append to one .part would spoil it."""
     descriptor = None
     try:
-        # Some file systems know no locks, and some folders may be written but not read: go on without.
+        # Some file systems know no locks, and some folders may be written to but not listed: go on without.
         with contextlib.suppress(OSError):
-            if fcntl is not None:
+            if sys.platform != "win32":
                 descriptor = os.open(folder, os.O_RDONLY)
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    print(f"waiting for another download into {folder} to end", file=sys.stderr)
+                    say(f"waiting for another download into {folder} to end")
                     fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -254,8 +205,7 @@ def _folder_lock(folder: Path) -> Iterator[None]:
 
 def _has_checksum(path: Path, checksum: str) -> bool:
     algorithm, _, expected = checksum.partition(":")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest() == expected.lower()
+    return checksum_of(path, algorithm) == expected.lower()
 
 
 def _part(path: Path) -> Path:

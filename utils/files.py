@@ -1,6 +1,7 @@
 """Files are written to a temporary name and renamed: none that is half written ever bears its final name."""
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -28,6 +29,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write JSON for people to read: indented, a newline at the end."""
     write_atomically(path, lambda file: file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n"))
+
+
+def checksum(path: Path, algorithm: str) -> str:
+    """The checksum of a file's bytes, "md5" or "sha256", in hexadecimal; raises OSError when it cannot be read."""
+    value = hashlib.new(algorithm)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            value.update(chunk)
+    return value.hexdigest()
 
 
 def make_folder(path: Path) -> None:

@@ -1,12 +1,12 @@
 """Find weights by name, path or URL; bytes are verified before they are loaded, wherever they come from."""
 
-import hashlib
 import json
 from pathlib import Path
 from urllib.parse import urldefrag, urlsplit
 
 from utils.cli import UserError
 from utils.download import download
+from utils.files import checksum
 
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
 
@@ -52,10 +52,8 @@ def find_weights(name: str | None, allow_download: bool = True) -> Path:
         raise UserError(f"no weights at {name}: name a file or run folder, or one of {', '.join(index['weights'])}")
     shipped = PRETRAINED / entry["file"]
     if shipped.is_file():
-        if _sha256(shipped) != entry["sha256"].lower():
-            raise UserError(
-                f"{shipped} is damaged (wrong sha256): restore it with `git checkout {shipped}`, or delete it"
-            )
+        if checksum(shipped, "sha256") != entry["sha256"].lower():
+            raise UserError(f"{shipped} is damaged (wrong sha256): restore it with `git checkout {shipped}`")
         return shipped
     return _from_cache(entry["file"], entry["sha256"], entry["url"], allow_download)
 
@@ -65,7 +63,7 @@ def _from_cache(file: str, sha256: str, url: str | None, allow_download: bool) -
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / f"{sha256[:12]}-{file}"
     for cached in (path.with_name(file), path):  # torch hub's own name, then ours
-        if cached.is_file() and _sha256(cached) == sha256.lower():
+        if cached.is_file() and checksum(cached, "sha256") == sha256.lower():
             return cached
     if url is None:
         raise UserError(f"{PRETRAINED / file} is missing: restore it with `git checkout {PRETRAINED / file}`")
@@ -73,8 +71,3 @@ def _from_cache(file: str, sha256: str, url: str | None, allow_download: bool) -
         raise UserError(f"{file} is neither in {PRETRAINED} nor in {path.parent}: run again without --no-download")
     download([url], path, f"sha256:{sha256}")
     return path
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,11 +4,14 @@ What is drawn and what is done with it are apart, so that several processes can 
 its share, and so that a resumed run draws the same.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Draws = dict[str, Tensor]  # what was drawn, by name; images first in every tensor
+from data_loader import Draws, Views, standardise
 
 # Bounds of angle (radians), shear, the two scales and the two shifts (of half the image's size).
 AFFINE = (15 * torch.pi / 180, 0.15, 0.15, 0.15, 0.125, 0.125)
@@ -24,6 +27,30 @@ ELASTIC = 0.12  # the largest deviation of the elastic displacements, of half th
 ERASING, AREAS, RATIO, CENTRES = 0.7, (0.008, 0.1), 10.0, 0.5
 # Neighbours: how often on each side, and how far their centre is at least and at most, of the image's size.
 NEIGHBOURS, DISTANCES = 0.6, (0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class View:
+    """How images look in training (see `data_loader.View`): one of the augmentations that `draw` takes."""
+
+    augmentation: str
+    strong_share: float = 1.0
+
+    def draw(self, count: int, size: int, generator: torch.Generator) -> Draws:
+        """What `apply` needs for `count` images of `size` × `size` pixels."""
+        return draw(self.augmentation, count, size, generator, self.strong_share)
+
+    def apply(self, images: Tensor, index: Tensor, draws: Draws) -> Tensor:
+        """Images of a set, changed as drawn. Shape: (N, C, S, S) uint8, (B,) -> (B, C, S, S)"""
+        others = neighbours(images, draws)
+        others = None if others is None else others.float().div_(255)
+        return augment(images[index].float().div_(255), draws, others)
+
+
+def same_views(augmentation: str) -> Views:
+    """One augmentation for both domains, in every step."""
+    views: Sequence[View] = (View(augmentation), View(augmentation))
+    return lambda epoch, step: views
 
 
 def draw(augmentation: str, count: int, size: int, generator: torch.Generator, strong_share: float = 1.0) -> Draws:
@@ -206,9 +233,3 @@ def blur(x: Tensor, deviation: Tensor) -> Tensor:
     kernel = ((pixel[:, None] - pixel).square() / (-2 * deviation.square())).exp()
     kernel = kernel / kernel.sum(-1, keepdim=True)
     return kernel @ x @ kernel.mT
-
-
-def standardise(x: Tensor) -> Tensor:
-    """Zero mean and unit variance over all pixels and channels of an image; a blank one becomes zero, not noise."""
-    mean = x.mean((1, 2, 3), keepdim=True)
-    return (x - mean) / x.std((1, 2, 3), correction=0, keepdim=True).clamp_min(1e-3)

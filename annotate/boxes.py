@@ -1,4 +1,4 @@
-"""Boxes around digits: how they lie to each other, and in which order they are read."""
+"""Boxes around digits: how they lie to each other, and their reading order: line by line from the top."""
 
 import numpy as np
 

@@ -1,18 +1,33 @@
 """What a training step needs of the optimiser and the weights, besides the step itself."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from methods.recipes import Config
+from model import DANN
+
+MOMENTUM = 0.9  # of SGD, in the paper and everywhere else
 
 
-def make_optimizer(model: nn.Module, config, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
     """The recipe's optimiser over all three parts; fused, which is one pass over the weights."""
-    options = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": device.type in ("cpu", "cuda")}
+    fused = device.type in ("cpu", "cuda")
     if config.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), momentum=config.momentum, **options)
-    return torch.optim.AdamW(model.parameters(), **options)
+        return torch.optim.SGD(model.parameters(), config.lr, MOMENTUM, weight_decay=config.weight_decay, fused=fused)
+    return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=fused)
 
 
-def freeze(model: nn.Module, numbers: tuple[int, ...]) -> None:
+def balancing_weights(labels: Tensor, classes: int) -> Tensor:
+    """The weight of a class's images with which all classes count alike; 1 on average, 0 for a class without images.
+
+    Shape: (N,) -> (K,)
+    """
+    counts = torch.bincount(labels, minlength=classes)
+    present = counts > 0
+    return present * len(labels) / (present.sum() * counts.clamp(min=1))
+
+
+def freeze(model: DANN, numbers: tuple[int, ...]) -> None:
     """Stop the training of these convolutions, counted from 1."""
     for number, convolution in enumerate(model.extractor.convolutions(), 1):
         convolution.requires_grad_(number not in numbers)
@@ -26,7 +41,7 @@ def limit_norms(model: nn.Module, bound: float) -> None:
             module.weight.copy_(torch.renorm(module.weight, 2, 0, bound))
 
 
-def gradient_norms(model: nn.Module) -> dict[str, float]:
+def gradient_norms(model: DANN) -> dict[str, float]:
     """The l2 norm of each part's gradient; parts without gradients are left out. Waits for the device."""
     gradients = {
         name: [w.grad for w in part.parameters() if w.grad is not None] for name, part in model.parts().items()

@@ -96,7 +96,7 @@ def _luma(colour: np.ndarray) -> np.ndarray:
     return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
 
 
-def _contrasting_colour(rng: np.random.Generator, luma: float, gap: float) -> np.ndarray:
+def _contrasting_colour(rng: np.random.Generator, luma: np.ndarray, gap: float) -> np.ndarray:
     """A random colour (3,) in [0, 1], `gap` or more from `luma` in luma, or as far as 32 draws got."""
     colours = rng.random((3, 32), dtype=np.float32)
     gaps = np.abs(_luma(colours) - luma)
@@ -110,10 +110,10 @@ def _draw_background(rng: np.random.Generator, colour: np.ndarray) -> np.ndarray
     """
     cells = rng.integers(1, 7)  # 1: plain, 2: a gradient, more: a smooth texture
     grid = colour + rng.uniform(0, 0.5) * (rng.random((cells, cells, 3)) - 0.5)
-    grid = Image.fromarray((255 * np.clip(grid, 0, 1)).astype(np.uint8))
+    texture = Image.fromarray((255 * np.clip(grid, 0, 1)).astype(np.uint8))
     shapes = rng.integers(1, 6) if rng.random() < 0.6 else 0
     size = 2 * SIZE if shapes else SIZE  # shapes are drawn at twice the size, to be smoothed
-    canvas = grid.resize((size, size), Image.Resampling.BILINEAR)
+    canvas = texture.resize((size, size), Image.Resampling.BILINEAR)
     draw = ImageDraw.Draw(canvas)
     strength = rng.uniform(0.2, 0.8)  # of the shapes against the background's colour
     for _ in range(shapes):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 import threading
 from pathlib import Path
 
@@ -11,17 +10,11 @@ import torch
 from tensorboardX import SummaryWriter
 from tensorboardX.summary import hparams
 
-from utils.cli import UserError, is_first_process
+from utils.cli import UserError
 from utils.files import write_atomically
 
 FIGURE_DPI = 100
 ENTRY = "embeddings {\n"  # begins each in the file that the projector reads
-
-
-def say(text: str = "") -> None:
-    """Print a line for people: stderr, so that stdout ends with the result alone. Of several processes one speaks."""
-    if is_first_process():
-        print(text, file=sys.stderr, flush=True)
 
 
 class RunLog:
@@ -63,7 +56,7 @@ class RunLog:
 
     def figure(self, tag: str, step: int, figure) -> None:
         """Log a matplotlib figure."""
-        from utils.plots import rendered
+        from watch.plots import rendered
 
         self._check()
         self.writer.add_image(tag, np.asarray(rendered(figure, FIGURE_DPI)), step, dataformats="HWC")
@@ -88,9 +81,9 @@ class RunLog:
         Shape: points (N, F), N values of metadata, thumbnails (N, 3, S, S) in [0, 1], N square
         """
         self._check()
-        points = np.round(points.double().numpy(), 4)  # each becomes a text
+        rounded = np.round(points.double().numpy(), 4)  # each becomes a text
         try:
-            self.writer.add_embedding(points, metadata, thumbnails.numpy(), step, tag, list(header))
+            self.writer.add_embedding(rounded, metadata, thumbnails.numpy(), step, tag, list(header))
         except OSError as error:
             raise self._cannot_write(self.folder, error) from None
 
@@ -159,23 +152,13 @@ class RunLog:
         return UserError(f"cannot write {path} ({reason}): free some space, or choose another --run-dir")
 
 
-class SilentLog:
+class SilentLog(RunLog):
     """Takes what a run log takes and keeps nothing: for the processes that don't write."""
 
-    def scalars(self, *_) -> None:
+    def __init__(self) -> None:
+        pass
+
+    def scalars(self, *_: object) -> None:
         """Nothing."""
 
-    images = figure = histograms = embedding = hyper_parameters = text = close = scalars
-
-
-def epoch_line(record: dict, epochs: int, seconds: float) -> str:
-    """One aligned line on the screen for an epoch."""
-    domain = ""
-    if record["loss_domain"] is not None:
-        domain = f"  domain {record['loss_domain']:.3f}  dom-acc {record['domain_accuracy']:6.1%}"
-    return (
-        f"epoch {record['epoch']:3d}/{epochs}  p {record['p']:.3f}  lambda {record['lambda_p']:.3f}  "
-        f"lr {record['learning_rate']:.4f} | label {record['loss_label']:.3f}{domain} | "
-        f"source {record['source_accuracy']:7.2%}  target {record['target_accuracy']:7.2%} | "
-        f"{seconds:.1f}s  {record['images_per_second']:,.0f} img/s"
-    )
+    images = figure = histograms = embedding = hyper_parameters = text = epoch = close = scalars  # type: ignore[assignment]

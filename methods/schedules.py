@@ -2,8 +2,14 @@
 
 import math
 
+from methods.recipes import Config
 
-def adaptation_factor(p: float, gamma: float = 10.0) -> float:
+GAMMA = 10.0  # γ of λ_p (Ganin & Lempitsky 2015, section 4)
+ALPHA, BETA = 10.0, 0.75  # α and β of the annealed rate (the same place)
+WARM_UP = 0.1  # share of a run in which the cosine rate rises
+
+
+def adaptation_factor(p: float, gamma: float = GAMMA) -> float:
     """Weight of the reversed gradient, λ_p = 2 / (1 + exp(−γp)) − 1 (Ganin & Lempitsky 2015, section 4).
 
     Args:
@@ -15,24 +21,26 @@ def adaptation_factor(p: float, gamma: float = 10.0) -> float:
     return 2.0 / (1.0 + math.exp(-gamma * p)) - 1.0
 
 
-def reversal_weight(config, p: float) -> float:
+def reversal_weight(config: Config, p: float) -> float:
     """The λ_p that a configuration asks for at progress p in [0, 1]: it rises by `adaptation_factor`, and may fall.
 
     Towards the end of a run the label losses are small: a λ_p that stays high would leave the lead to the reversed
-    gradient, and the features would go on moving for its sake alone.
+    gradient, and the features would go on changing for its sake alone.
     """
-    rising = config.lambda_max * adaptation_factor(p, config.gamma)
+    if config.lambda_update == "epoch":
+        p = math.floor(p * config.epochs + 1e-6) / config.epochs  # as the epoch began
+    rising = config.lambda_max * adaptation_factor(p)
     if config.lambda_schedule == "rising":
         return rising
     return rising * (1.0 + math.cos(math.pi * p)) / 2
 
 
-def annealed_rate(p: float, mu_0: float = 0.01, alpha: float = 10.0, beta: float = 0.75) -> float:
+def annealed_rate(p: float, mu_0: float = 0.01, alpha: float = ALPHA, beta: float = BETA) -> float:
     """Learning rate μ_p = μ_0 / (1 + αp)^β (Ganin & Lempitsky 2015, section 4), p in [0, 1]."""
     return mu_0 / (1.0 + alpha * p) ** beta
 
 
-def cosine_rate(p: float, mu_0: float, warm_up: float = 0.1) -> float:
+def cosine_rate(p: float, mu_0: float, warm_up: float = WARM_UP) -> float:
     """Learning rate that rises linearly over the first `warm_up` share of the run, then falls as a half cosine to 0."""
     if p < warm_up:
         return mu_0 * p / warm_up
@@ -44,12 +52,12 @@ def time_decay_rate(step: int, mu_0: float, decay: float) -> float:
     return mu_0 / (1.0 + decay * step)
 
 
-def learning_rate(config, p: float, step: int) -> float:
-    """The rate that a configuration asks for at progress p in [0, 1], optimiser step `step` (from 0)."""
+def learning_rate(config: Config, p: float, step: int) -> float:
+    """The rate μ_p that a configuration asks for at progress p in [0, 1], optimiser step `step` (from 0)."""
     if config.lr_schedule == "constant":
         return config.lr
     if config.lr_schedule == "annealed":
-        return annealed_rate(p, config.lr, config.lr_alpha, config.lr_beta)
+        return annealed_rate(p, config.lr)
     if config.lr_schedule == "cosine":
         return cosine_rate(p, config.lr)
     return time_decay_rate(step, config.lr, config.lr_decay)

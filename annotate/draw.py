@@ -1,4 +1,4 @@
-"""Draw boxes with labels around the digits of a picture so that they can be read at any size, on any background."""
+"""Draw boxes with labels around the digits of a picture so that they are legible at any size, on any background."""
 
 import itertools
 import math
@@ -8,14 +8,14 @@ from pathlib import Path
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.boxes import Box, overlap
+from annotate.boxes import Box, overlap
 
 LEAST_SIDE = 400  # pixels: smaller pictures are enlarged
 LEAST_FONT = 13  # pixels
 LARGEST_FONT, SMALLEST_FONT = 0.035, 0.012  # shares of the picture's longer side, before any is made smaller for room
 SHRINK = (1, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3)
 INK, PAPER = "black", "white"
-COLOURS = ("#ffd84d", "#7fd1ff")  # of the first reading and of the second
+COLOURS = ("#ffd84d", "#7fd1ff")  # of the first network's predictions and of the second's
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,17 @@ def lay_out(size: tuple[int, int], boxes: list[Box], texts: list[str], least_sca
         sizes = [(round(font.getlength(text)) + 2 * pad, font_size + 2 * pad) for text in texts]
         across, down = max((w for w, _ in sizes), default=0) // 2 + 2 * pad, font_size + 5 * pad
         margin = (across, down) if boxes else (0, 0)
-        moved = [
+        on_page = [
             (margin[0] + x0 * scale, margin[1] + y0 * scale, margin[0] + x1 * scale, margin[1] + y1 * scale)
             for x0, y0, x1, y1 in boxes
         ]
         page = (size[0] * scale + 2 * margin[0], size[1] * scale + 2 * margin[1])
-        labels = place_labels(moved, sizes, pad + 1, page)
+        labels = place_labels(on_page, sizes, pad + 1, page)
         if labels or not boxes:
             break
     if not labels:  # so many digits, so close together: labels cover something, but each is there
-        labels = [(x0, y0 - h, x0 + w, y0) for (x0, y0, _, _), (w, h) in zip(moved, sizes, strict=True)]
-    return Layout(scale, font_size, margin, moved, labels)
+        labels = [(x0, y0 - h, x0 + w, y0) for (x0, y0, _, _), (w, h) in zip(on_page, sizes, strict=True)]
+    return Layout(scale, font_size, margin, on_page, labels)
 
 
 def draw_digits(
@@ -91,7 +91,7 @@ def draw_digits(
 ) -> Image.Image:
     """The picture, enlarged if it is small, with a box and a label around each digit, and a margin for the labels."""
     layout = lay_out(picture.size, boxes, texts, least_scale)
-    enlarged = picture.resize([side * layout.scale for side in picture.size], Image.NEAREST)
+    enlarged = picture.resize([side * layout.scale for side in picture.size], Image.Resampling.NEAREST)
     page = Image.new("RGB", [side + 2 * m for side, m in zip(enlarged.size, layout.margin, strict=True)], PAPER)
     page.paste(enlarged, layout.margin)
     draw, font = ImageDraw.Draw(page), font_of(layout.font)

@@ -3,6 +3,7 @@
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_loader import DigitSet, Preprocessing
-from model import CLASSES
+from digits.domains import CLASS_NAMES
 from utils.files import write_atomically
 
 WIDTH = 8.5  # inches: a README shows a figure at about 850 pixels, so that a point is 1.4 of its pixels
@@ -31,7 +32,7 @@ DIGITS = (
     *("#0072B2", "#D55E00", "#CC79A7", "#8C8C8C", "#7A3E9D"),
 )
 # Opaque white, so that a figure reads alike on GitHub's white and on its dark page.
-STYLE = {
+STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.labelsize": 9,
@@ -123,7 +124,7 @@ def spread(chosen: Tensor, digits: Tensor, count: int, seed: int) -> Tensor:
     Shape: (N,) int64 indices, (M,) int64 labels of all images -> (at most count,) int64
     """
     chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))]
-    counted = F.one_hot(digits[chosen], CLASSES).cumsum(0)
+    counted = F.one_hot(digits[chosen], len(CLASS_NAMES)).cumsum(0)
     turn = counted.gather(1, digits[chosen][:, None])[:, 0]  # an image is the how-manieth of its digit
     chosen = chosen[turn.argsort(stable=True)[:count]]
     return chosen[digits[chosen].argsort(stable=True)]
@@ -134,10 +135,10 @@ def draw_confusion(axes: Axes, confusion: Tensor, title: str) -> None:
     counts = confusion.numpy()
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (true, read), count in np.ndenumerate(counts):
-        colour = "#999999" if count == 0 else "white" if shares[true, read] > 0.6 else "black"
-        axes.text(read, true, f"{count}", ha="center", va="center", color=colour, fontsize=8)
-    axes.set(xticks=range(CLASSES), yticks=range(CLASSES), xlabel="read", ylabel="true digit")
+    for (true, predicted), count in np.ndenumerate(counts):
+        colour = "#999999" if count == 0 else "white" if shares[true, predicted] > 0.6 else "black"
+        axes.text(predicted, true, f"{count}", ha="center", va="center", color=colour, fontsize=8)
+    axes.set(xticks=range(len(CLASS_NAMES)), yticks=range(len(CLASS_NAMES)), xlabel="predicted", ylabel="true digit")
     correct, total = counts.trace(), counts.sum()
     axes.set_title(f"{title}: {correct / total:.2%} ({correct:,} / {total:,})")
     axes.tick_params(length=0)
@@ -145,40 +146,40 @@ def draw_confusion(axes: Axes, confusion: Tensor, title: str) -> None:
 
 @matplotlib.rc_context(STYLE)
 def confusion_figure(confusions: dict[str, Tensor], mark: str) -> Figure:
-    """How often which test digit is read as which, for each network by name. Args: mark: what the digits are."""
+    """How often which test digit is predicted as which, by each network by name. Args: mark: what the digits are."""
     figure = new_figure(5)
     panels = figure.subplots(1, len(confusions), squeeze=False)[0]
     for axes, (name, confusion) in zip(panels, confusions.items(), strict=True):
         draw_confusion(axes, confusion, name)
     figure.supxlabel(
-        f"{mark} test digits by what they are and what they are read as; the darker, the larger the share of the true "
-        "digit",
+        f"{mark} test digits by what they are and what they are predicted as; the darker, the larger the share of "
+        "the true digit",
         fontsize=9,
     )
     return figure
 
 
 @matplotlib.rc_context(STYLE)
-def misread_figure(
-    readings: dict[str, Tensor], target: DigitSet, image_size: int, seed: int = 0
+def misclassified_figure(
+    predictions: dict[str, Tensor], target: DigitSet, image_size: int, seed: int = 0
 ) -> tuple[Figure, dict[str, int]]:
-    """Digits that the first network misreads and the second one reads, and the other way; of one, what it misreads.
+    """Digits that the first network misclassifies and the second one does not, and the other way; of one, its own.
 
     Returns the figure and the counts.
 
     Args:
-        readings: what each network, by name, reads in each image of `target`, int64 of shape (N,).
+        predictions: of each network, by name, for each image of `target`, int64 of shape (N,).
         image_size: height and width of the pictures, pixels.
     """
-    digits, names = target.labels, list(readings)
-    right = [reading == digits for reading in readings.values()]
+    digits, names = target.labels, list(predictions)
+    right = [prediction == digits for prediction in predictions.values()]
     total = f"{{count:,}} of {len(target):,} {target.domain} test digits"
     if len(names) == 1:
-        groups = [("misread", ~right[0], 3, f"Misread by {names[0]}: {total}")]
+        groups = [("misclassified", ~right[0], 3, f"Misclassified by {names[0]}: {total}")]
     else:
         groups = [
-            ("gained", right[1] & ~right[0], 2, f"Misread by {names[0]}, read by {names[1]}: {total}"),
-            ("lost", right[0] & ~right[1], 1, f"Read by {names[0]}, misread by {names[1]}: {total}"),
+            ("gained", right[1] & ~right[0], 2, f"Misclassified by {names[0]}, right by {names[1]}: {total}"),
+            ("lost", right[0] & ~right[1], 1, f"Right by {names[0]}, misclassified by {names[1]}: {total}"),
         ]
     rows, counts = [], {"total": len(target)}
     for name, mask, lines, heading in groups:
@@ -187,7 +188,7 @@ def misread_figure(
         heading = heading.format(count=counts[name])
         for part in spread(chosen, digits, lines * COLUMNS, seed).split(COLUMNS):
             captions = [
-                " → ".join(str(int(reading[i])) for reading in readings.values()) + f"\ntrue {digits[i]}"
+                " → ".join(str(int(prediction[i])) for prediction in predictions.values()) + f"\ntrue {digits[i]}"
                 for i in part.tolist()
             ]
             pictures = target.images[part]

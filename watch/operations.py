@@ -7,8 +7,8 @@ import functools
 
 import torch
 
-from model import DANN, NETWORKS
-from utils.config import Config
+from methods.networks import NETWORKS, build_network
+from methods.recipes import Config
 
 
 @functools.cache
@@ -19,13 +19,13 @@ def operations(config: Config) -> dict[str, int]:
 
     network = NETWORKS[config.network]
     with torch.device("meta"):  # shapes alone, no weights
-        model = DANN(config.network, config.dropout).eval()
+        model = build_network(config.network).eval()
         image = torch.zeros(1, network.channels, network.image_size, network.image_size)
     features = model.extractor(image)
     passes = {
         "extractor": lambda: model.extractor(image),
         "classifier": lambda: model.classifier(features),
-        "discriminator": lambda: model.discriminator(features, 1.0),
+        "discriminator": lambda: model.discriminator(features),
     }
     counts = {}
     for name, forward in passes.items():
@@ -39,15 +39,15 @@ def operations_of_step(config: Config, adapts: bool = True) -> int:
     """Operations of a training step: 3 × forward, of which 2 × for the backward pass.
 
     The classifier sees source images alone, unless there is a teacher, which itself has a forward pass for each view,
-    and where images move a backward one.
+    and where images are perturbed a backward one.
     """
     parts = operations(config)
     extractor, classifier, discriminator = (parts[name] for name in ("extractor", "classifier", "discriminator"))
     if not adapts:
         return 3 * (extractor + classifier) * config.batch_size
     per_pair = 3 * (2 * extractor + 2 * discriminator + classifier)
-    if config.teacher_decay:
-        moves = config.perturbation > 0 or config.warp > 0
-        passes = 1 + (moves or config.teacher_views == "both") + moves  # of each view, and back to the image alone
+    if modern := config.modern:
+        perturbs = modern.perturbation > 0 or modern.warp > 0
+        passes = 1 + (modern.teacher_views == "both") + 2 * perturbs  # of each view; there and back to the image alone
         per_pair += 3 * classifier + passes * (extractor + classifier)
     return per_pair * config.batch_size

@@ -30,14 +30,14 @@ def without_warnings() -> Iterator[None]:
 def open_picture(path: Path) -> Image.Image:
     """Open a picture upright, in RGB, transparency on white; raises UserError for what is none or is absurdly large."""
     try:
-        with without_warnings(), Image.open(path) as picture:
-            width, height = picture.size
+        with without_warnings(), Image.open(path) as file:
+            width, height = file.size
             if width * height > LARGEST_PIXELS or max(width, height) > LARGEST_SIDE:
                 most = f"{LARGEST_PIXELS:,} pixels and {LARGEST_SIDE:,} a side are the most"
                 raise UserError(f"{path} has {width}×{height} pixels, {most}: make it smaller")
             if not width * height:
                 raise UserError(f"{path} is empty ({width}×{height} pixels): save it again")
-            picture = ImageOps.exif_transpose(picture)
+            picture: Image.Image = ImageOps.exif_transpose(file)
             if picture.mode[0] in "IF":  # deep grey: Pillow would clip it at 255
                 values = np.nan_to_num(np.asarray(picture, dtype=np.float32)).clip(0)
                 picture = Image.fromarray((values / max(1e-9, values.max()) * 255).astype(np.uint8))
@@ -56,7 +56,7 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def mark_of(path: Path) -> str:
-    """What we write into the annotated picture of `path`, so that it is told from all other files."""
+    """What we write into the annotated picture of `path`, to know it again among other files."""
     return hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
 
 
@@ -93,7 +93,7 @@ def pictures_named(names: list[str], ours: Path) -> list[Path]:
 
 
 def output_for(path: Path, folder: Path) -> Path:
-    """NAME-annotated.png, or with a number where that file is not an earlier reading of the same picture."""
+    """NAME-annotated.png, or with a number where that file is not of the same picture."""
     for number in itertools.count(1):
         output = folder / f"{path.stem}-annotated{'' if number == 1 else f'-{number}'}.png"
         if not os.path.lexists(output) or mark_in(output) == mark_of(path):

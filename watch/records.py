@@ -2,30 +2,38 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from utils import machine
-from utils.config import Config, to_dict
-from utils.operations import operations_of_step
-from utils.schedules import reversal_weight
+from digits.domains import Pair
+from methods.classifier import Evaluation
+from methods.recipes import Config
+from methods.run import Run
+from methods.schedules import reversal_weight
+from watch.operations import operations_of_step
 
 
-def epoch_record(trainer, outcome: dict, tested: tuple) -> dict:
-    """The epoch that has just ended: a line of metrics.jsonl. What `outcome`, its steps' mean, lacks is None there."""
-    config = trainer.config
-    source, target = tested
-    p = max(0, trainer.epoch - config.warm_start_epochs) / config.epochs
+def epoch_record(
+    run: Run, config: Config, means: dict[str, float], source: Evaluation, target: Evaluation
+) -> dict[str, Any]:
+    """The epoch that has just ended: a line of metrics.jsonl.
+
+    `lambda_p` and `learning_rate` are those of its last step, losses are means over its steps. A warm start and the
+    bounds have no domain loss.
+    """
+    epochs = max(0, run.epoch - config.warm_start_epochs)
+    last_p = (epochs * run.steps_per_epoch - 1) / (config.epochs * run.steps_per_epoch)
     return {
-        "epoch": trainer.epoch,
-        "p": p,
-        "lambda_p": 0.0 if outcome["loss_domain"] is None else reversal_weight(config, p),
-        "learning_rate": trainer.optimizer.param_groups[0]["lr"],
-        **outcome,
+        "epoch": run.epoch,
+        "p": epochs / config.epochs,
+        "lambda_p": reversal_weight(config, last_p) if "loss_domain" in means else 0.0,
+        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        **means,
         "source_accuracy": source.accuracy,
         "target_accuracy": target.accuracy,
-        "seconds": trainer.seconds,
+        "seconds": run.seconds,
     }
 
 
@@ -44,7 +52,7 @@ def label_free_signals(probabilities: Tensor) -> dict[str, float]:
 
     `entropy`: mean entropy of a prediction, nats, 0 to ln 10; low when the network is sure, rightly or not.
     `diversity`: entropy of the mean prediction, nats; ln 10 = 2.303 when all classes are predicted alike often.
-    `smallest_class_share`: share of images read as the class that is read least, in [0, 0.1].
+    `smallest_class_share`: share of images predicted as the class that is predicted least, in [0, 0.1].
     """
     mean = probabilities.mean(0)
     share = torch.bincount(probabilities.argmax(1), minlength=probabilities.shape[1]) / len(probabilities)
@@ -60,39 +68,35 @@ def images_per_step(config: Config, adapts: bool) -> int:
     return config.batch_size * (2 if adapts else 1)
 
 
-def result_record(trainer, source, target) -> dict:
-    """The run in one record: what result.json holds."""
-    config = trainer.config
-    steps = trainer.epochs * trainer.loader.steps
-    adapted = config.epochs * trainer.loader.steps if config.method == "dann" else 0
+def result_record(run: Run, config: Config, pair: Pair, source: Evaluation, target: Evaluation) -> dict[str, Any]:
+    """The run in one record: what result.json holds.
+
+    Command, machine and versions are those of its first part; `resumed` has those of the others, if there are any.
+    """
+    epochs = config.warm_start_epochs + config.epochs
+    steps = epochs * run.steps_per_epoch
+    adapted = config.epochs * run.steps_per_epoch if config.method == "dann" else 0
     images = adapted * images_per_step(config, True) + (steps - adapted) * images_per_step(config, False)
     return {
         "kind": "training",
         **{key: getattr(config, key) for key in ("source", "target", "method", "recipe", "seed")},
-        "epochs": trainer.epochs,
+        "epochs": epochs,
         "source_accuracy": source.accuracy,
         "target_accuracy": target.accuracy,
         "source_correct": source.correct,
         "source_total": source.total,
         "target_correct": target.correct,
         "target_total": target.total,
-        "seconds": round(trainer.seconds, 2),
-        "images_per_second": round(images / trainer.train_seconds, 1),
-        "device": trainer.device.type,
-        "machine": machine.describe(trainer.device),
-        "precision": trainer.precision,
-        "compile": trainer.compiled,
-        "threads": torch.get_num_threads(),
-        "processes": trainer.processes.count,
-        **trainer.pair.marks,
-        "dry_run": trainer.dry_run,
+        "seconds": round(run.seconds, 2),
+        "images_per_second": round(images / run.train_seconds, 1),
+        **pair.marks,
+        "dry_run": run.dry_run,
         "steps": steps,
         "operations": adapted * operations_of_step(config) + (steps - adapted) * operations_of_step(config, False),
-        "seconds_to": seconds_to(trainer.folder / "metrics.jsonl"),
-        "parameters": sum(w.numel() for w in trainer.model.parameters()),
-        "command": trainer.command,
-        "commit": machine.commit(),
-        "versions": machine.versions(),
-        "data": trainer.pair.checksums,
-        "config": to_dict(config),
+        "seconds_to": seconds_to(run.folder / "metrics.jsonl"),
+        "parameters": sum(w.numel() for w in run.model.parameters()),
+        **run.sessions[0],
+        "resumed": run.sessions[1:],
+        "data": pair.checksums,
+        "config": run.config,
     }

@@ -15,7 +15,7 @@ from skimage.filters import gaussian
 from skimage.filters.rank import median
 from skimage.measure import label, regionprops
 
-from utils.boxes import Box, contains, distance, share_within, union
+from annotate.boxes import Box, contains, distance, share_within, union
 
 SEARCHED_SIDE = 1200  # pixels: larger pictures are searched at this size
 BACKGROUND_SIDE = 128  # pixels: backgrounds are smooth, so that a small copy shows them
@@ -63,12 +63,14 @@ def background(grey: np.ndarray, window: float) -> np.ndarray:
     """The median of the square of `window` pixels around each pixel, smoothed. Shape: (H, W) in [0, 1] -> the same."""
     height, width = grey.shape
     scale = min(1.0, BACKGROUND_SIDE / max(grey.shape))
-    small = Image.fromarray(grey).resize([max(1, round(side * scale)) for side in (width, height)], Image.BOX)
+    small = Image.fromarray(grey).resize(
+        [max(1, round(side * scale)) for side in (width, height)], Image.Resampling.BOX
+    )
     radius = max(1, round(window * scale / 2))
     padded = np.pad((np.asarray(small) * 255).astype(np.uint8), radius, mode="symmetric")
     middle = median(padded, np.ones((2 * radius + 1,) * 2, np.uint8))[radius:-radius, radius:-radius]
     middle = gaussian(middle.astype(np.float32) / 255, radius / 4)
-    return np.asarray(Image.fromarray(middle).resize((width, height), Image.BILINEAR))
+    return np.asarray(Image.fromarray(middle).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def noise_of(grey: np.ndarray) -> float:
@@ -230,7 +232,7 @@ def find_digits(picture: Image.Image) -> list[Candidate]:
     scale = min(1.0, SEARCHED_SIDE / max(picture.size))
     small = picture.convert("L")
     if scale < 1:
-        small = small.resize([max(1, round(side * scale)) for side in picture.size], Image.BOX)
+        small = small.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.BOX)
     grey = np.asarray(small, np.float32) / 255
     height, width = grey.shape
     noise = noise_of(grey)

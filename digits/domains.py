@@ -1,0 +1,158 @@
+"""The domains by name, and what a run gets of two of them."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from data_loader import DigitSet, limit
+from digits.files import LICENCES, data_files, fetch
+from digits.readers import (
+    OPTDIGITS_TRAIN,
+    SYNTH_IMAGES,
+    MissingData,
+    read_mnist,
+    read_optdigits,
+    read_svhn,
+    read_synth,
+    read_usps,
+)
+from utils.cli import UserError, say
+from utils.files import checksum
+
+CLASS_NAMES = tuple("0123456789")
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One row of the table of domains.
+
+    `read(data_dir, split)` returns uint8 images (N, C, H, W), C = 1 or 3, and int64 labels (N,) in 0…9.
+    """
+
+    name: str
+    title: str
+    train_images: int
+    test_images: int
+    licence: str
+    read: Callable[[Path, str], tuple[Tensor, Tensor]]
+
+
+_ROWS = (
+    Domain("svhn", "SVHN", 73257, 26032, LICENCES["svhn"], read_svhn),
+    Domain("mnist", "MNIST", 60000, 10000, LICENCES["mnist"], read_mnist),
+    Domain("usps", "USPS", 7291, 2007, LICENCES["usps"], read_usps),
+    Domain("synth", "synth", SYNTH_IMAGES["train"], SYNTH_IMAGES["test"], "MIT, rendered here", read_synth),
+    Domain("optdigits", "optdigits", OPTDIGITS_TRAIN, 500, "CC BY 4.0 (UCI)", read_optdigits),
+)
+DOMAINS: dict[str, Domain] = {row.name: row for row in _ROWS}
+
+
+def load_domain(name: str, split: str, data_dir: Path) -> DigitSet:
+    """Read one split, "train" or "test", of a domain.
+
+    Raises: MissingData, or UserError for a file that can't be read or is malformed.
+    """
+    row = DOMAINS[name]
+    images, labels = row.read(data_dir, split)
+    checksums, official = {}, True
+    for file in data_files(name, split):
+        path = data_dir / file.path
+        if path.is_file():  # an uncompressed copy has no official checksum
+            checksums[file.path] = checksum(path, "md5")
+            official &= checksums[file.path] == file.md5
+    expected = row.train_images if split == "train" else row.test_images
+    kind = "subset" if len(images) < expected else "unofficial"
+    mark = row.title if official and len(images) == expected else f"{row.title} {kind}, {len(images):,}"
+    return DigitSet(name, split, images, labels, mark, checksums)
+
+
+def load_or_fetch(name: str, split: str, data_dir: Path, download: bool) -> DigitSet:
+    """Read one split of a domain, fetching what is missing when `download` allows it."""
+    try:
+        return load_domain(name, split, data_dir)
+    except MissingData:
+        if not download:
+            raise
+    fetch([name], data_dir, split)
+    return load_domain(name, split, data_dir)
+
+
+def load_side_by_side(keys: list[tuple[str, str]], data_dir: Path, download: bool) -> dict[tuple[str, str], DigitSet]:
+    """Read several (domain, split) at once, which takes less than half the time, then fetch those that are missing."""
+
+    def read(key: tuple[str, str]) -> DigitSet | None:
+        try:
+            return load_domain(*key, data_dir)
+        except MissingData:
+            return None
+
+    files = [key for key in keys if data_files(*key)]  # domains that are made here start processes: never in a thread
+    with ThreadPoolExecutor() as pool:
+        sets = dict(zip(files, pool.map(read, files), strict=True))
+    return {key: sets.get(key) or load_or_fetch(*key, data_dir, download) for key in keys}
+
+
+def load_test_sets(names: list[str], data_dir: Path, download: bool) -> tuple[list[DigitSet], dict[str, str]]:
+    """The test sets that can be had, and for each other domain what is wrong and which command brings it."""
+    sets, missing = [], {}
+    for name in names:
+        try:
+            sets.append(load_or_fetch(name, "test", data_dir, download))
+        except UserError as error:
+            missing[name] = str(error)
+            if not isinstance(error, MissingData):  # the network, most likely: it is not waited for again
+                download = False
+    return sets, missing
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What a run sees: labelled images, images of both domains, and the two test sets that only the log sees."""
+
+    labelled: DigitSet
+    source_images: Tensor
+    target_images: Tensor
+    source_test: DigitSet
+    target_test: DigitSet
+    marks: dict[str, str]  # how results name the four sets
+    checksums: dict[str, str]  # file -> md5
+
+    @property
+    def counts(self) -> list[int]:
+        """How many images there are of each kind."""
+        return [len(part) for part in (self.labelled, self.target_images, self.source_test, self.target_test)]
+
+
+def load_pair(source: str, target: str, target_only: bool, data_dir: Path, download: bool, most: int | None) -> Pair:
+    """Read both domains, fetching what is missing when `download` allows it.
+
+    Args:
+        target_only: whether the labelled images are the target's.
+        most: images of each set that are kept, for dry runs; None: all.
+    """
+    keys = [(name, split) for name in (source, target) for split in ("train", "test")]
+    sets = load_side_by_side(keys, data_dir, download)
+    for digits in sets.values():
+        if digits.mark != DOMAINS[digits.domain].title:
+            say(f"note: the {digits.split} file of {digits.domain} is not the official one; results say: {digits.mark}")
+    marks = {
+        "source_mark": sets[source, "train"].mark,
+        "target_mark": sets[target, "train"].mark,
+        "source_test_mark": sets[source, "test"].mark,
+        "target_test_mark": sets[target, "test"].mark,
+    }
+    checksums = {f"{digits.domain}/{file}": md5 for digits in sets.values() for file, md5 in digits.checksums.items()}
+    if most:
+        sets = {key: limit(digits, most) for key, digits in sets.items()}
+    return Pair(
+        labelled=sets[target if target_only else source, "train"],
+        source_images=sets[source, "train"].images,
+        target_images=sets[target, "train"].images,
+        source_test=sets[source, "test"],
+        target_test=sets[target, "test"],
+        marks=marks,
+        checksums=checksums,
+    )

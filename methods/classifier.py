@@ -1,0 +1,145 @@
+"""A network ready for use: its weights, and what has to be done to images before it sees them."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_loader import Preprocessing
+from digits.domains import CLASS_NAMES
+from methods.networks import NETWORKS, build_network, on_device
+from model import DANN
+from utils import machine
+from utils.checkpoint import load_into, load_weights
+from utils.cli import UserError
+from utils.pretrained import find_weights
+
+BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The outcome of a test: counts, rows the true digit, columns the predicted, and what each image was predicted as.
+
+    Shape: confusion (K, K) int64, predicted (N,) int64
+    """
+
+    confusion: Tensor
+    predicted: Tensor
+
+    @property
+    def correct(self) -> int:
+        """Number of images predicted right."""
+        return int(self.confusion.trace())
+
+    @property
+    def total(self) -> int:
+        """Number of images."""
+        return int(self.confusion.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """correct / total, in [0, 1]."""
+        return self.correct / self.total
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """Classifies uint8 images of any size.
+
+    Args:
+        model: in training it may be in training mode; it is restored to its mode after each use.
+        precision: "fp32" or "bf16".
+        classes: the K names of the classes.
+        source, target: the domains it was trained for.
+        training: a free record of how it was trained, for people and figures.
+        path: the file of its weights.
+    """
+
+    model: DANN
+    preprocess: Preprocessing
+    device: torch.device
+    precision: str
+    classes: tuple[str, ...] = CLASS_NAMES
+    source: str = ""
+    target: str = ""
+    training: dict[str, Any] = field(default_factory=dict)
+    path: Path = Path()
+
+    @torch.inference_mode()
+    def outputs(self, part: nn.Module, images: Tensor) -> Tensor:
+        """What the network, or a part of it that takes images, makes of them, in eval mode.
+
+        Shape: (N, C, H, W) uint8 -> (N, F) float32 on the device
+        """
+        was_training = part.training
+        part.eval()
+        results = []
+        for batch in images.split(BATCH):
+            with machine.autocast(self.device, self.precision):
+                results.append(part(self.preprocess(batch.to(self.device))).float())
+        part.train(was_training)
+        return torch.cat(results)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the extractor makes of images. Shape: (N, C, H, W) uint8 -> (N, F) float32 on the device"""
+        return self.outputs(self.model.extractor, images)
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Class probabilities. Shape: (N, C, H, W) uint8 -> (N, K) float32 on the CPU"""
+        return self.outputs(self.model, images).softmax(1).cpu()
+
+
+def usage(network: str, preprocess: Preprocessing, source: str, target: str, precision: str, training: dict) -> dict:
+    """What stands beside weights: all that is needed to use them, and under "training" a record for people."""
+    return {
+        "network": network,
+        "classes": list(CLASS_NAMES),
+        "preprocessing": asdict(preprocess),
+        "source": source,
+        "target": target,
+        "precision": precision,
+        "training": training,
+    }
+
+
+def _with_usage(about: dict) -> dict:
+    """The same of a file that keeps all settings of its training in place of `usage`."""
+    if "network" in about:
+        return about
+    config = about["config"]
+    used = {key: config[key] for key in ("network", "source", "target", "precision")}
+    return {**used, "classes": list(CLASS_NAMES), "preprocessing": about["preprocessing"], "training": config}
+
+
+def load_classifier(
+    name: str | None, device: torch.device, allow_download: bool = True, precision: str = "as-trained"
+) -> Classifier:
+    """Load weights by name, path or URL, as `utils.pretrained.find_weights` takes them.
+
+    Args:
+        precision: "fp32", "bf16", or "as-trained", which is fp32 where the machine has no bf16.
+
+    Raises: UserError for weights that are not there, or are no network's of this version.
+    """
+    path = find_weights(name, allow_download)
+    weights, about = load_weights(path)
+    try:
+        about = _with_usage(about)
+        pixels = about["preprocessing"]
+        preprocess = Preprocessing(**{**pixels, "mean": tuple(pixels["mean"])})
+        classes, network = tuple(about["classes"]), about["network"]
+        trained = about["precision"] if machine.has_bf16(device) else "fp32"
+        details = (about["source"], about["target"], about["training"], path)
+        known = network in NETWORKS
+    except (KeyError, TypeError):
+        known = False
+    if not known:
+        raise UserError(f"{path} does not say which network its weights belong to: use a file that main.py wrote")
+    model = build_network(network)
+    load_into(model, weights, path, network)
+    model = on_device(model, device).eval()
+    precision = trained if precision == "as-trained" else precision
+    return Classifier(model, preprocess, device, precision, classes, *details)

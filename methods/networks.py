@@ -1,0 +1,212 @@
+"""The architectures, as a table: the published networks and our own two."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from data_loader import Preprocessing, mean_pixel
+from methods.modern import ClassWiseDiscriminator
+from methods.recipes import Config
+from model import DANN, DomainDiscriminator, FeatureExtractor, LabelClassifier
+
+CLASSES = 10
+
+
+class Dropout(nn.Dropout):
+    """Dropout whose mask comes from 16 random bits a value: on a CPU a fifth of the time of `nn.Dropout`.
+
+    The probability is rounded to whole 65536ths, and kept values are scaled by that very probability.
+
+    Shape: (*) -> (*)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped = min(round(self.p * 2**16), 2**16 - 1)  # of the 65536 values that 16 bits take
+        if not self.training or not dropped or x.device.type != "cpu":
+            return super().forward(x)
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        values = words.view(torch.int16).as_strided(x.shape, torch.empty_like(x).stride())  # laid out as x is
+        return x * (values >= dropped - 2**15).to(x.dtype).mul_(2**16 / (2**16 - dropped))
+
+
+class LogitDifference(nn.Module):
+    """Of a two-way softmax over (source, target) the logit of "target": the difference. Shape: (N, 2) -> (N,)"""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits[:, 1] - logits[:, 0]
+
+
+def _conv(in_channels: int, out_channels: int, size: int, padding: int | str = "same") -> list[nn.Module]:
+    return [nn.Conv2d(in_channels, out_channels, size, padding=padding), nn.ReLU(inplace=True)]
+
+
+def _conv_pool(in_channels: int, out_channels: int, size: int, pool: nn.MaxPool2d) -> list[nn.Module]:
+    """Convolution, ReLU and max pooling; the two commute, and after pooling ReLU has a fourth of the values."""
+    convolution, relu = _conv(in_channels, out_channels, size)
+    return [convolution, pool, relu]
+
+
+def _conv_norm_pool(in_channels: int, out_channels: int) -> list[nn.Module]:
+    convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+    return [convolution, nn.BatchNorm2d(out_channels), nn.MaxPool2d(2), nn.ReLU(inplace=True)]
+
+
+def _conv_pool_norm(in_channels: int, out_channels: int, pool: bool, padding: int = 1) -> list[nn.Module]:
+    """3×3 convolution, max pooling by 2 where asked for, and batch norm of the fourth of the values that are left."""
+    pooling = [nn.MaxPool2d(2)] if pool else []
+    convolution = nn.Conv2d(in_channels, out_channels, 3, padding=padding, bias=False)
+    return [convolution, *pooling, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+
+
+def _mlp(*sizes: int, dropout: float | None = None) -> list[nn.Module]:
+    """Linear layers with ReLU between them and, unless it is None, dropout before each but the first.
+
+    With a dropout of 0 its layers are there too: the names of the weights do not depend on it.
+    """
+    layers: list[nn.Module] = []
+    for i, (inputs, outputs) in enumerate(pairwise(sizes)):
+        layers += [Dropout(dropout)] if dropout is not None and i else []
+        layers += [nn.Linear(inputs, outputs), nn.ReLU(inplace=True)]
+    return layers[:-1]
+
+
+def _system_a(part: str, dropout: float) -> list[nn.Module]:
+    """28×28. The paper's SVHN net as the usual PyTorch scripts write it; 28 → 14 → 7 by padded pooling."""
+    if part == "classifier":
+        return _mlp(6272, 3072, 2048, CLASSES)
+    if part == "discriminator":
+        return [*_mlp(6272, 1024, 1024, 2), LogitDifference()]
+    pool = nn.MaxPool2d(3, stride=2, padding=1)
+    convolutions = [*_conv_pool(3, 64, 5, pool), *_conv_pool(64, 64, 5, pool), *_conv(64, 128, 5)]
+    return [*convolutions, Dropout(dropout), nn.Flatten()]
+
+
+def _system_b(part: str, dropout: float) -> list[nn.Module]:
+    """32×32. The Keras scripts' CNN and CNN-GRL; dropout after each block is half of that before the labels."""
+    if part == "classifier":
+        return [Dropout(dropout), *_mlp(512, 32, CLASSES)]
+    if part == "discriminator":
+        return [*_mlp(512, 512, 32, 2), LogitDifference()]
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 32), (32, 64)):
+        layers += [*_conv(inputs, outputs, 3), *_conv(outputs, outputs, 3, padding="valid")]
+        layers += [nn.MaxPool2d(2), Dropout(dropout / 2)]
+    return [*layers, nn.Flatten(), nn.Linear(64 * 6 * 6, 512), nn.ReLU(inplace=True)]
+
+
+def _paper_svhn(part: str, dropout: float) -> list[nn.Module]:
+    """32×32. JMLR figure 4(c).
+
+    Note: the paper does not state the padding; padding 2 and rounding up give 32 → 16 → 8.
+    """
+    if part == "classifier":
+        return _mlp(8192, 3072, 2048, CLASSES, dropout=dropout)
+    if part == "discriminator":
+        return [*_mlp(8192, 1024, 1024, 1, dropout=dropout), nn.Flatten(0)]
+    pool = nn.MaxPool2d(3, stride=2, ceil_mode=True)
+    return [*_conv_pool(3, 64, 5, pool), *_conv_pool(64, 64, 5, pool), *_conv(64, 128, 5), nn.Flatten()]
+
+
+def _paper_mnist(part: str, dropout: float) -> list[nn.Module]:
+    """32×32. JMLR figure 4(a), padded so that 32 → 16 → 8 (the paper does not state the padding)."""
+    if part == "classifier":
+        return _mlp(3072, 100, 100, CLASSES, dropout=dropout)
+    if part == "discriminator":
+        return [*_mlp(3072, 100, 1, dropout=dropout), nn.Flatten(0)]
+    pool = nn.MaxPool2d(2)
+    return [*_conv_pool(3, 32, 5, pool), *_conv_pool(32, 48, 5, pool), nn.Flatten()]
+
+
+def _quick(part: str, dropout: float) -> list[nn.Module]:
+    """32×32. Our own small network: three batch-normed 3×3 convolutions, 32 → 16 → 8 → 4, and 128 features."""
+    if part == "classifier":
+        return _mlp(128, CLASSES)
+    if part == "discriminator":
+        return [*_mlp(128, 128, 1), nn.Flatten(0)]
+    blocks = [*_conv_norm_pool(3, 32), *_conv_norm_pool(32, 48), *_conv_norm_pool(48, 64), nn.Flatten()]
+    features = [nn.Linear(64 * 4 * 4, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU(inplace=True)]
+    return [*blocks, Dropout(dropout), *features]
+
+
+def _modern(part: str, dropout: float) -> list[nn.Module]:
+    """Grey 32×32. Our own: six batch-normed 3×3 convolutions, 32 → 16 → 8 → 4 → 2, averaged over places; 128 features.
+
+    The average binds the features to no place. The discriminator judges each class by itself.
+    """
+    if part == "classifier":
+        return _mlp(128, CLASSES)
+    if part == "discriminator":
+        return _mlp(128, 128, CLASSES)
+    layers: list[nn.Module] = []
+    for inputs, outputs, pool in ((1, 32, True), (32, 64, False), (64, 64, True), (64, 128, False), (128, 128, True)):
+        layers += _conv_pool_norm(inputs, outputs, pool)
+    layers += [*_conv_pool_norm(128, 256, False, padding=0), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Dropout(dropout)]
+    return [*layers, nn.Linear(256, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU(inplace=True)]
+
+
+@dataclass(frozen=True)
+class Network:
+    """One row of the table of architectures.
+
+    `layers(part, dropout)` lists the layers of the "extractor", the "classifier" or the "discriminator".
+    """
+
+    layers: Callable[[str, float], list[nn.Module]]
+    image_size: int  # height and width of its input, pixels
+    channels: int = 3  # 3: colour; 1: grey, which colour images are turned into
+    batch_normed: bool = False
+    discriminator: type[DomainDiscriminator] = DomainDiscriminator
+
+
+NETWORKS: dict[str, Network] = {
+    "system-a": Network(_system_a, 28),
+    "system-b": Network(_system_b, 32),
+    "paper-svhn": Network(_paper_svhn, 32),
+    "paper-mnist": Network(_paper_mnist, 32),
+    "quick": Network(_quick, 32, batch_normed=True),
+    "modern": Network(_modern, 32, channels=1, batch_normed=True, discriminator=ClassWiseDiscriminator),
+}
+
+
+def build_network(name: str, dropout: float = 0.0, separate_domains: bool = False) -> DANN:
+    """A network with new weights.
+
+    Args:
+        name: a key of NETWORKS.
+        dropout: probability in [0, 1).
+        separate_domains: as `DANN` takes it.
+    """
+    network = NETWORKS[name]
+    model = DANN(
+        FeatureExtractor(nn.Sequential(*network.layers("extractor", dropout))),
+        LabelClassifier(nn.Sequential(*network.layers("classifier", dropout))),
+        network.discriminator(nn.Sequential(*network.layers("discriminator", dropout))),
+        separate_domains,
+    )
+    if name == "system-a":
+        model.apply(_initialise_system_a)
+    return model
+
+
+def on_device(model: DANN, device: torch.device) -> DANN:
+    """The network on a device, its convolutions' weights laid out as images are, channels last."""
+    return model.to(device).to(memory_format=torch.channels_last)
+
+
+def preprocessing_for(config: Config, images: Sequence[Tensor] = ()) -> Preprocessing:
+    """What the configuration does to images; `images` are both training sets, whose mean pixel it may need."""
+    mean = mean_pixel(images) if config.normalisation == "mean" and images else (0.0, 0.0, 0.0)
+    network = NETWORKS[config.network]
+    return Preprocessing(network.image_size, config.normalisation, mean, network.channels == 1)
+
+
+def _initialise_system_a(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.01)
+    if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
