@@ -1,52 +1,66 @@
-"""What the README's tables and figures share: names of the methods, reading a record, and Markdown."""
+"""What the tables and the figures share: names of the methods, records, cells and Markdown."""
 
 import json
 import re
-import statistics
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
 
 from utils.cli import UserError
 
 METHOD_NAMES = {"source-only": "source only", "dann": "DANN", "target-only": "trained on target"}
+Record = dict[str, Any]
 
 
-def percents(runs: list[dict], domain: str) -> list[float]:
-    """Test accuracies of runs on their "source" or "target", from the exact counts."""
-    return [100 * run[f"{domain}_correct"] / run[f"{domain}_total"] for run in runs]
+def read_records(path: Path) -> list[Record]:
+    """The records of a .jsonl file, one on each line, or the one of a .json file; "where" says where each stands.
 
-
-def difference(runs: list[dict], others: list[dict]) -> str | None:
-    """Points of target accuracy by which runs are above others, on average over the seeds of both; None without any."""
-    of_seed = {run["seed"]: run for run in others}
-    pairs = [(run, of_seed[run["seed"]]) for run in runs if run["seed"] in of_seed]
-    if not pairs:
-        return None
-    mine, theirs = (statistics.mean(percents(row, "target")) for row in zip(*pairs, strict=True))
-    return f"{mine - theirs:+.2f}"
-
-
-def mean_and_deviation(values: list[float]) -> str:
-    """Mean ± sample standard deviation of at least two values."""
-    # No-break spaces: a narrow page would otherwise split the number.
-    return f"{statistics.mean(values):.2f}\u00a0±\u00a0{statistics.stdev(values):.2f}"
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: 1 seed, 5 seeds."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def read_record(path: Path) -> dict:
-    """A JSON object with a "kind"; raises UserError, naming the file, when it is none."""
+    Raises:
+        UserError: the file can't be read, or holds something else; the message names the place.
+    """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(record, dict) or "kind" not in record:
-        raise UserError(f'{path} is not a result: it should be a JSON object with a "kind"')
-    return record
+    places = {str(path): text}
+    if path.suffix == ".jsonl":
+        places = {f"{path} line {number}": line for number, line in enumerate(text.split("\n"), 1) if line}
+    records = []
+    for where, content in places.items():
+        try:
+            record = json.loads(content)
+        except ValueError as error:
+            raise UserError(f"{where} is not JSON: {error}") from None
+        if not isinstance(record, dict) or "kind" not in record:
+            raise UserError(f'{where} is not a record: it should be a JSON object with a "kind"')
+        records.append(record | {"where": where})
+    return records
+
+
+def json_line(record: Record) -> str:
+    """A record as a line of JSON, without its "where"."""
+    return json.dumps({key: record[key] for key in record if key != "where"}, ensure_ascii=False) + "\n"
+
+
+def flags_of(command: str) -> list[str]:
+    """A command's flags, each with its values as the shell takes them: ["--epochs 20", "--separate-domains"]."""
+    return re.findall(r"--[\w-]+(?:[ =](?!--)(?:'[^']*'|[^\s'])+)*", command)
+
+
+def accuracy(percents: pd.Series) -> str:
+    """Mean ± sample standard deviation of the runs' accuracies, and how many they are."""
+    if percents.empty:
+        return "not run"
+    # No-break spaces: a narrow page would otherwise split the number.
+    deviation = f"\u00a0±\u00a0{percents.std():.2f}" if len(percents) > 1 else ""
+    return f"{percents.mean():.2f}{deviation} (n\u00a0=\u00a0{len(percents)})"
+
+
+def gain(runs: pd.DataFrame, others: pd.DataFrame) -> str:
+    """Points of target accuracy by which runs are above others, on average over the seeds of both; "–" without any."""
+    points = (runs.set_index("seed").target_percent - others.set_index("seed").target_percent).mean()
+    return "–" if pd.isna(points) else f"{points:+.2f}"
 
 
 def escape(text: str) -> str:
@@ -59,7 +73,10 @@ def code(text: str) -> str:
     return "`" + " ".join(text.replace("`", "'").split()).replace("|", "\\|") + "`"
 
 
-def markdown_table(header: list[str], align: str, rows: list[list[str]]) -> str:
-    """A Markdown table; `align` has one letter a column, l or r."""
-    rule = [{"l": ":--", "r": "--:"}[letter] for letter in align]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
+def markdown(rows: list[dict[str, str]]) -> str:
+    """A Markdown table of rows whose keys are its header; columns of numbers stand at the right."""
+    if not rows:
+        return "Not run."
+    rule = ["--:" if any(row[name].lstrip("+-")[:1].isdigit() for row in rows) else ":--" for name in rows[0]]
+    lines = [list(rows[0]), rule, *(list(row.values()) for row in rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
