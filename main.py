@@ -104,7 +104,7 @@ def train(
                 objective.compile()
             objective = processes.wrap(objective)
         if run.step == 0:
-            torch.manual_seed(seed_of(config.seed, run.epoch, 2, *processes.own_seed))  # of dropout
+            torch.manual_seed(seed_of(config.seed, run.epoch, 3, *processes.own_seed))  # of dropout
             if run.epoch == first_epoch:
                 run.optimizer.state.clear()  # after a warm start this is a new training: no old momentum
         run.model.train()

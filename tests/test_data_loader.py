@@ -87,8 +87,9 @@ def test_shuffled_passes_is_uniform():
     assert np.abs(counts - 500).max() < 5 * math.sqrt(2000 * 0.25 * 0.75)
 
 
-def test_seed_of_tells_its_parts_apart():
-    parts = [(s, e, k) for s in range(5) for e in range(5) for k in range(3)] + [(7,), (7, 1), (1, 7)]
+def test_seed_of_tells_its_parts_and_their_number_apart():
+    parts = [(s, e, k) for s in range(5) for e in range(5) for k in range(3)] + [(7,), (7, 1), (1, 7), (7, 0), (5,)]
+    parts += [(5, 0), (0,), (0, 0), (5, 0, 0, 0)]
     seeds = {seed_of(*numbers) for numbers in parts}
     assert len(seeds) == len(parts)
     assert all(0 <= seed < 2**63 for seed in seeds)

@@ -11,7 +11,9 @@ from small_run import SmallRun
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import data_loader
 import main
+from data_loader import seed_of
 from methods.recipes import recipe_config
 from model import reverse_gradient
 from utils.cli import UserError
@@ -316,3 +318,17 @@ def test_compiled_steps_are_the_plain_ones(monkeypatch, config):
     assert compiled.means[0] == pytest.approx(plain.means[0], rel=1e-4)
     assert 1 <= backend.frame_count <= 2  # for the first λ_p, and for all others
     torch.compiler.reset()
+
+
+def test_every_random_stream_has_a_seed_of_its_own(monkeypatch):
+    """Weights, the order of each domain, augmentation and dropout, in each epoch."""
+    seeds = []
+
+    def spied(*parts):
+        seeds.append(seed_of(*parts))
+        return seeds[-1]
+
+    monkeypatch.setattr(main, "seed_of", spied)
+    monkeypatch.setattr(data_loader, "seed_of", spied)
+    SmallRun(dataclasses.replace(SMALL, epochs=2)).train()
+    assert len(seeds) == len(set(seeds)) == 1 + 2 * 4
