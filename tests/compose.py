@@ -17,7 +17,6 @@ class Composed:
 
     @property
     def digits(self) -> list[int]:
-        """All digits in reading order."""
         return [digit for line in self.lines for digit in line]
 
 
@@ -40,21 +39,19 @@ def compose(images: np.ndarray, labels: np.ndarray, rng: np.random.Generator) ->
     cover, boxes, y = np.zeros((1000, 3000), np.float32), [], int(rng.integers(10, 60))
     for line in lines:
         size = rng.uniform(28, 105)
-        x = int(rng.integers(10, 80))
-        y0 = y1 = y
+        x, bottom = int(rng.integers(10, 80)), y
         for index in line:
             digit = cut_out(images[index])
             scale = np.clip(size * rng.uniform(0.87, 1.14), 24, 120) / max(digit.size)
             width, height = (max(2, round(side * scale)) for side in digit.size)
+            top = y + int(rng.uniform(0, 0.2) * size)
             pixels = np.asarray(digit.resize((width, height), Image.BICUBIC), np.float32) / 255
-            top = y0 + int(rng.uniform(0, 0.2) * size)
             cover[top : top + height, x : x + width] = pixels
             boxes.append((x, top, x + width, top + height))
             x += width + max(4, int(rng.uniform(0.12, 0.7) * size))
-            y1 = max(y1, top + height)
-        y = y1 + max(6, int(rng.uniform(0.2, 0.7) * size))
-    right = max(box[2] for box in boxes) + int(rng.integers(10, 60))
-    bottom = max(box[3] for box in boxes) + int(rng.integers(10, 60))
+            bottom = max(bottom, top + height)
+        y = bottom + max(6, int(rng.uniform(0.2, 0.7) * size))
+    right, bottom = (max(box[side] for box in boxes) + int(rng.integers(10, 60)) for side in (2, 3))
     picture = photograph(cover[:bottom, :right], rng)
     return Composed(picture, [[int(labels[i]) for i in line] for line in lines], boxes)
 
@@ -77,11 +74,7 @@ def photograph(cover: np.ndarray, rng: np.random.Generator) -> Image.Image:
 
 def overlap(a: tuple[int, ...], b: tuple[int, ...]) -> float:
     """Intersection over union of two boxes."""
-    wide = min(a[2], b[2]) - max(a[0], b[0])
-    high = min(a[3], b[3]) - max(a[1], b[1])
-    if min(wide, high) <= 0:
-        return 0.0
-    shared = wide * high
+    shared = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
     return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
 
 
@@ -93,8 +86,3 @@ def hits(found: list, true: list) -> list[tuple[int, int]]:
         if share >= 0.5 and i not in matched and j not in matched.values():
             matched[i] = j
     return sorted(matched.items())
-
-
-def f1(right: int, found: int, true: int) -> float:
-    """Harmonic mean of precision right / found and recall right / true."""
-    return 2 * right / max(1, found + true)

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from scipy.io import savemat
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
 from digits.domains import load_domain
 from digits.synth import render_digits
-from utils.cli import UserError, run_script
+from utils.cli import Interrupted, UserError, run_script
 from watch.board import Board
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,14 +64,9 @@ def write_usps(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    """Tensors of tests are so small that threads only wait for each other, the more so on a busy machine."""
+def _small_and_quick():
+    """One thread, for more only wait for each other; figures, nine tenths of a small run, in `whole_run` alone."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _no_figures():
-    """Figures for TensorBoard take nine tenths of a small run: `whole_run` alone has them."""
     with pytest.MonkeyPatch.context() as patch:
         for name in DRAWN:
             patch.setattr(Board, name, lambda *_: None)
@@ -81,7 +77,7 @@ def _no_figures():
 def no_fetch(monkeypatch):
     """No test reaches for data elsewhere."""
 
-    def refuse(names, *arguments, **options):
+    def refuse(names, *_):
         raise UserError(f"a test tried to download {list(names)}")
 
     monkeypatch.setattr("digits.domains.fetch", refuse)
@@ -133,14 +129,14 @@ def large_optdigits() -> tuple[np.ndarray, np.ndarray]:
     return np.stack(images), digits.labels.numpy()
 
 
-def run_as_process(script: str, *arguments: object) -> subprocess.CompletedProcess:
-    """Run a script as its users do, in a process of its own."""
-    command = [sys.executable, script, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+def run_as_process(*words: object, **options) -> subprocess.CompletedProcess:
+    """What `python` with these words does, in a process of its own."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 120} | options
+    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, text=True, **options)
 
 
 def train(*arguments):
-    """Run main.py with these arguments, in this process."""
+    """Run main.py in this process."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
         main.main()
@@ -148,10 +144,8 @@ def train(*arguments):
 
 def settings(tiny_data):
     """A small run: three epochs of four steps."""
-    return (
-        "--network", "paper-mnist", "--batch-size", 16, "--epochs", 3, "--precision", "fp32",
-        "--device", "cpu", "--no-download", "--data-dir", tiny_data,
-    )  # fmt: skip
+    words = "--network paper-mnist --batch-size 16 --epochs 3 --precision fp32 --device cpu --no-download"
+    return (*words.split(), "--data-dir", tiny_data)
 
 
 @pytest.fixture(scope="session")
@@ -170,30 +164,36 @@ def whole_run(tiny_data, tmp_path_factory) -> Path:
 def quick_run(tiny_data, tmp_path_factory) -> Path:
     """The folder of a short run: batch-normed, on per-image normalised SVHN and MNIST; not to be changed."""
     folder = tmp_path_factory.mktemp("quick") / "run"
-    train(
-        "--network", "quick", "--normalisation", "per-image", "--batch-size", 16, "--epochs", 2, "--device", "cpu",
-        "--no-download", "--data-dir", tiny_data, "--run-dir", folder,
-    )  # fmt: skip
+    words = "--network quick --normalisation per-image --batch-size 16 --epochs 2 --device cpu --no-download"
+    train(*words.split(), "--data-dir", tiny_data, "--run-dir", folder)
     return folder
 
 
+def result_of(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text())
+
+
+def state_of(folder: Path) -> dict:
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
 def records_of(folder: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def events_of(folder: Path) -> EventAccumulator:
-    """What TensorBoard shows of a run folder."""
     events = EventAccumulator(str(folder / "tensorboard"), dict.fromkeys(("scalars", "images", "histograms"), 0))
     return events.Reload()
 
 
 def the_error(stderr: str) -> str:
     """The one line that a failed script says beside its log."""
-    lines = stderr.splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]
-    assert len(errors) == 1, stderr
-    assert lines[-1] == errors[0], stderr
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert errors == stderr.splitlines()[-1:], stderr
     assert "Traceback" not in stderr
     assert len(errors[0]) < 600, "a clear line is a short one"
     return errors[0]
@@ -240,3 +240,15 @@ def interrupt_after(monkeypatch, owner, name, count, interruption):
         return outcome
 
     monkeypatch.setattr(owner, name, call_and_interrupt)
+
+
+def interrupted_run(owner, name, count, interruption, *arguments):
+    """A run of main.py that ends when a function of a module or class has returned for the `count`-th time."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(patch, owner, name, count, interruption)
+        with pytest.raises((Killed, Interrupted)):
+            train(*arguments)
+
+
+def go_on(folder, tiny_data, *arguments):
+    train("--resume", folder, "--data-dir", tiny_data, "--device", "cpu", "--no-download", *arguments)

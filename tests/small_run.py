@@ -16,8 +16,6 @@ from utils.cli import StopRequest
 from utils.distributed import Processes
 from watch.watcher import Watcher
 
-Batch = tuple[Tensor, Tensor, Tensor]
-
 
 class Silent(Processes):
     """A lone process that writes nothing."""
@@ -28,9 +26,9 @@ class Silent(Processes):
 SILENT = Silent()
 
 
-def random_digits(count: int, size: int, seed: int) -> DigitSet:
+def random_digits(count: int, size: int, seed: int, channels: int = 3) -> DigitSet:
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+    images = torch.randint(0, 256, (count, channels, size, size), generator=generator, dtype=torch.uint8)
     return DigitSet("svhn", "train", images, torch.arange(count) % 10, "", {})
 
 
@@ -40,12 +38,9 @@ class SmallRun:
     `saved` holds the weights after each epoch, `means` the means of what was logged.
     """
 
-    def __init__(
-        self, config: Config, steps: int = 3, target_seed: int = 2, double: bool = False, pair: Pair | None = None
-    ):
+    def __init__(self, config: Config, steps: int = 3, double: bool = False, pair: Pair | None = None):
         self.config, self.row = dataclasses.replace(config, precision="fp32"), NETWORKS[config.network]
-        count, size = steps * config.batch_size, self.row.image_size
-        source, target = (random_digits(count, size, seed) for seed in (1, target_seed))
+        source, target = (random_digits(steps * config.batch_size, self.row.image_size, seed) for seed in (1, 2))
         pair = pair or Pair(source, source.images, target.images, source, target, {}, {})
         self.run, self.loader, classifier = main.set_up(
             self.config, pair, Path("nowhere"), False, False, torch.device("cpu"), SILENT
@@ -62,7 +57,7 @@ class SmallRun:
     def weights(self) -> dict[str, Tensor]:
         return copy.deepcopy(self.model.state_dict())
 
-    def batch(self, seed: int) -> Batch:
+    def batch(self, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Random input of the network and labels."""
         generator = torch.Generator().manual_seed(seed)
         shape = (self.config.batch_size, self.row.channels, self.row.image_size, self.row.image_size)
@@ -73,7 +68,7 @@ class SmallRun:
         self.model.train()
         return main.make_objective(self.run, self.config, self.loader.labels_s)
 
-    def step(self, batch: Batch, lambda_p: float, mu_p: float) -> dict[str, float]:
+    def step(self, batch: tuple[Tensor, ...], lambda_p: float, mu_p: float) -> dict[str, float]:
         """One step of the phase that the run is in; what it returns and logs."""
         losses, others = self.objective()(*batch, lambda_p)
         main.step(self.run, self.config, losses, mu_p)

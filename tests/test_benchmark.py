@@ -2,28 +2,23 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_as_process
+from small_run import SmallRun, random_digits
 from torch import nn
 
-import main
-from data_loader import DigitSet
-from digits.domains import Pair, load_domain
+from digits.domains import load_domain
 from methods.networks import NETWORKS, build_network, preprocessing_for
 from methods.recipes import RECIPES, recipe_config
 from tools import benchmark, report_speed
 from tools.usual_way import Digits, UsualWay, transform_of
-from utils.cli import StopRequest, UserError
-from utils.distributed import ALONE, Processes
+from utils.cli import UserError
 from watch.operations import operations, operations_of_step
-from watch.watcher import Watcher
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
 
@@ -50,30 +45,21 @@ def test_operations_are_those_of_the_layers(recipe):
     assert operations(config) == {"extractor": extractor, **parts}
 
 
-def test_operations_of_system_a_by_the_numbers_of_its_description():
-    parts = operations(recipe_config("dann"))
-    convolutions = 28**2 * 3 * 64 + 14**2 * 64 * 64 + 7**2 * 64 * 128
-    assert parts["extractor"] == 2 * 25 * convolutions
-    assert parts["classifier"] == 2 * (6272 * 3072 + 3072 * 2048 + 2048 * 10)
-    assert parts["discriminator"] == 2 * (6272 * 1024 + 1024 * 1024 + 1024 * 2)
-    label = parts["extractor"] + parts["classifier"]
-    domain = parts["extractor"] + 2 * parts["discriminator"]
-    assert operations_of_step(recipe_config("dann")) == 3 * 128 * (label + domain)
-    assert operations_of_step(recipe_config("dann"), adapts=False) == 3 * 128 * label
-
-
-@pytest.mark.parametrize(
-    ("views", "perturbed", "passes"), [("weak", 0, 1), ("both", 0, 2), ("weak", 1, 3), ("both", 1, 4)]
-)
-def test_operations_of_a_step_with_a_teacher(views, perturbed, passes):
-    """Forward and backward of both domains, the classifier for both, and the teacher's passes of the target."""
-    recipe = recipe_config("modern")
-    extractor, classifier, discriminator = operations(recipe).values()
+def test_operations_of_a_step():
+    """Forward and backward of both domains, with a teacher the classifier for both, and its passes of the target."""
+    dann, modern = recipe_config("dann"), recipe_config("modern")
+    extractor, classifier, discriminator = operations(dann).values()
+    assert operations_of_step(dann, adapts=False) == 3 * 128 * (extractor + classifier)
+    assert operations_of_step(dann) == 3 * 128 * (2 * extractor + classifier + 2 * discriminator)
+    extractor, classifier, discriminator = operations(modern).values()
     student = 3 * 2 * (extractor + classifier + discriminator)
-    for changes in ((3.0 * perturbed, 0.0), (0.0, 0.2 * perturbed)):
-        modern = dataclasses.replace(recipe.modern, teacher_views=views, perturbation=changes[0], warp=changes[1])
-        expected = recipe.batch_size * (student + passes * (extractor + classifier))
-        assert operations_of_step(dataclasses.replace(recipe, modern=modern)) == expected
+    for views, perturbation, warp, passes in (
+        ("weak", 0.0, 0.0, 1), ("both", 0.0, 0.0, 2), ("weak", 3.0, 0.0, 3), ("weak", 0.0, 0.2, 3),
+        ("both", 3.0, 0.0, 4), ("both", 0.0, 0.2, 4),
+    ):  # fmt: skip
+        changed = dataclasses.replace(modern.modern, teacher_views=views, perturbation=perturbation, warp=warp)
+        expected = modern.batch_size * (student + passes * (extractor + classifier))
+        assert operations_of_step(dataclasses.replace(modern, modern=changed)) == expected
 
 
 def test_rates_are_amounts_by_seconds_and_jobs_take_turns():
@@ -98,53 +84,37 @@ def test_rates_are_amounts_by_seconds_and_jobs_take_turns():
         assert record["kind"] == "test"
 
 
-def digits(*shape: int) -> DigitSet:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (40, *shape), generator=generator, dtype=torch.uint8)
-    return DigitSet("svhn", "train", images, torch.arange(40) % 10, "", {})
-
-
 @pytest.mark.parametrize("recipe", ["quick", "cnn-grl"])
-def test_what_is_measured_trains_as_main_does(tmp_path, recipe):
+def test_what_is_measured_trains_as_main_does(recipe):
     """The weights after the same epoch, of which main.py's loop is one."""
-    more = {"epochs": 1, "warm_start_epochs": 0, "batch_size": 8, "precision": "fp32", "dropout": 0.0}
-    config = dataclasses.replace(recipe_config(recipe), **more)
-    source, target = digits(3, 32, 32), digits(1, 28, 28)
-    pair = Pair(source, source.images, target.images, source, target, {}, {})
-    trained = []
-    for measured in (True, False):
-        run, loader, classifier = main.set_up(config, pair, tmp_path, False, False, CPU, ALONE)
-        if measured:
-            objective = main.make_objective(run, config, loader.labels_s)
-            assert benchmark.train(run, config, loader, objective, CPU, loader.steps) == 5 * 16
-        else:
-            silent = Processes(rank=1)  # one that neither tests nor writes
-            watcher = Watcher(run, config, loader, pair, classifier, silent, "")
-            main.train(run, config, loader, watcher, silent, False, StopRequest())
-        trained.append(run.model.state_dict())
-    new = main.set_up(config, pair, tmp_path, False, False, CPU, ALONE)[0].model.state_dict()
-    assert all(torch.equal(trained[0][name], trained[1][name]) for name in new)
-    assert not all(torch.equal(trained[0][name], new[name]) for name in new)
+    more = {"epochs": 1, "warm_start_epochs": 0, "batch_size": 8, "dropout": 0.0}
+    measured, trained = (SmallRun(dataclasses.replace(recipe_config(recipe), **more), steps=5) for _ in range(2))
+    new = trained.weights()
+    assert benchmark.train(measured.run, measured.config, measured.loader, measured.objective(), CPU, 5) == 5 * 16
+    trained.train()
+    assert all(torch.equal(weight, trained.weights()[name]) for name, weight in measured.weights().items())
+    assert not all(torch.equal(weight, new[name]) for name, weight in measured.weights().items())
 
 
-@pytest.mark.parametrize(
-    ("recipe", "tolerance"), [("dann", 0.02), ("quick", 0.06)]
-)  # a level of 255, standardised for quick
+SOURCE = random_digits(40, 32, 0)
+TARGET = dataclasses.replace(random_digits(40, 28, 1), images=random_digits(40, 28, 1).images[:, :1])
+
+
+@pytest.mark.parametrize(("recipe", "tolerance"), [("dann", 0.02), ("quick", 0.06)])
 def test_usual_way_sees_the_images_of_the_recipe(recipe, tolerance):
-    """Without augmentation its transforms give what our preprocessing gives, to the rounding of PIL's resizing."""
+    """Without augmentation, to the rounding of PIL's resizing: some levels of 255, standardised for quick."""
     config = recipe_config(recipe)
-    for source in (digits(3, 32, 32), digits(1, 28, 28)):
-        x, label = Digits(source, transform_of(config, training=False))[7]
-        ours = preprocessing_for(config)(source.images[7:8])[0]
+    for digits in (SOURCE, TARGET):
+        x, label = Digits(digits, transform_of(config, training=False))[7]
+        ours = preprocessing_for(config)(digits.images[7:8])[0]
         assert label == 7
         assert x.shape == ours.shape
         assert (x - ours).abs().max() < tolerance
 
 
 def test_usual_way_trains():
-    config = dataclasses.replace(recipe_config("quick"), batch_size=4)
     torch.manual_seed(0)
-    usual = UsualWay(config, digits(3, 32, 32), digits(1, 28, 28), CPU)
+    usual = UsualWay(dataclasses.replace(recipe_config("quick"), batch_size=4), SOURCE, TARGET, CPU)
     before = [w.clone() for w in usual.model.parameters()]
     assert usual.train(2) == 16
     assert all(not torch.equal(a, b) for a, b in zip(before, usual.model.parameters(), strict=True))
@@ -156,10 +126,9 @@ def test_script_writes_what_the_tables_show(monkeypatch, capsys, tmp_path):
     small = dataclasses.replace(recipe_config("quick"), batch_size=8)
     monkeypatch.setattr(benchmark, "recipe_config", {"quick": small}.get)
     file = tmp_path / "results" / "benchmark" / "here.json"
-    options = ["--sections", "speed", "--recipes", "quick", "--precisions", "fp32", "--rounds", "1", "--seconds", "0.1"]
-    options += ["--threads", "1", "--device", "cpu", "--json", str(file)]
     file.parent.mkdir(parents=True)
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *options])
+    options = "--sections speed --recipes quick --precisions fp32 --rounds 1 --seconds 0.1 --threads 1 --device cpu"
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *options.split(), "--json", str(file)])
     benchmark.main()
     record = json.loads(file.read_text())
     assert json.loads(capsys.readouterr().out) == record
@@ -184,18 +153,9 @@ def test_tables_show_start_memory_and_accuracy(tmp_path):
     }  # fmt: skip
     (tmp_path / "m.json").write_text(json.dumps(record))
     text = report_speed.speed_report(tmp_path, tmp_path)
-    for shown in (
-        "5.0 s (4.0 – 6.0)",
-        "importing torch: 2.0 s; importing main.py: 3.0 s",
-        "1.90 GB",
-        "70%",
-        "not reached",
-    ):
-        assert shown in text
+    parts = "importing torch: 2.0 s; importing main.py: 3.0 s"
+    assert all(shown in text for shown in ("5.0 s (4.0 – 6.0)", parts, "1.90 GB", "70%", "not reached"))
     assert "not run" not in text
-
-
-def test_a_benchmark_record_that_lacks_something_is_named(tmp_path):
     (tmp_path / "m.json").write_text('{"kind": "benchmark", "machine": "M"}')
     with pytest.raises(UserError, match=r"m.json lacks device, threads"):
         report_speed.speed_report(tmp_path, tmp_path)
@@ -222,8 +182,8 @@ def test_full_size_data_has_the_official_formats(tmp_path, monkeypatch):
 def test_seconds_since_start_is_the_age_of_the_process():
     code = "import time; time.sleep(0.5); from utils.machine import seconds_since_start as s; print(s())"
     started = time.perf_counter()
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert 0.5 <= float(out) <= time.perf_counter() - started + 0.02
+    age = float(run_as_process("-c", code).stdout)
+    assert 0.5 <= age <= time.perf_counter() - started + 0.02
 
 
 @pytest.mark.parametrize("option", ["--rounds", "--seconds", "--threads"])

@@ -11,7 +11,7 @@ import torch
 
 from methods import options
 from methods.options import parse_arguments, with_settings
-from methods.recipes import RECIPES, Config, ModernConfig, from_dict, recipe_config, to_dict
+from methods.recipes import RECIPES, Config, ModernConfig, all_settings, from_dict, recipe_config, to_dict
 from utils.cli import UserError
 from utils.distributed import ALONE
 
@@ -23,24 +23,23 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def values_of(config: Config) -> dict:
-    """All settings by name, those of `modern` too where it has them."""
-    values = vars(config) | (vars(config.modern) if config.modern else {})
-    return {name: value for name, value in values.items() if name != "modern"}
-
-
 def run_parser(monkeypatch, *words: str) -> tuple[argparse.Namespace, dict]:
     monkeypatch.setattr("sys.argv", ["main.py", *words])
     return parse_arguments()
+
+
+def fail_to_parse(monkeypatch, capsys, *words: str) -> str:
+    """The last line of what the parser says to words that it does not take."""
+    with pytest.raises(SystemExit) as left:
+        run_parser(monkeypatch, *words)
+    assert left.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
 
 
 def configure(monkeypatch, *words: str) -> Config:
     """The settings that a call of main.py trains with, but for the precision, which depends on the machine."""
     config, _ = options.configure(*run_parser(monkeypatch, *words), torch.device("cpu"), ALONE)
     return dataclasses.replace(config, precision="auto")
-
-
-# ---- flags and help
 
 
 CALLS = [
@@ -64,7 +63,7 @@ def test_help_shows_every_default_as_it_is(words, monkeypatch, capsys):
     for flag in flags:  # "--epochs N   passes … (default: 100)", perhaps over several lines
         if found := re.match(r"(--[a-z-]+)\b.*\(default: ([^()]*)\)\s*$", flag.split("\n\n")[0], re.DOTALL):
             shown[found[1]] = found[2]
-    values = values_of(configure(monkeypatch, *words))
+    values = all_settings(configure(monkeypatch, *words))
     assert set(values) == {*FIELDS, *(OF_MODERN if "modern" in words else ())}
     for name, value in values.items():
         text = shown[flag_of(name)]
@@ -84,18 +83,17 @@ WORDS = {
     "teacher_views": "both", "precision": "bf16",
 }  # fmt: skip
 KINDS = {bool: ([], True), int: (["7"], 7), float: (["1.25e-1"], 0.125), tuple: (["1", "2"], (1, 2))}
-DEFAULTS = values_of(recipe_config("modern")) | values_of(recipe_config("dann"))
+DEFAULTS = all_settings(recipe_config("modern")) | all_settings(recipe_config("dann"))
 OTHER = {name: ([WORDS[name]], WORDS[name]) if name in WORDS else KINDS[type(DEFAULTS[name])] for name in DEFAULTS}
 
 
 def test_every_setting_is_a_flag_that_sets_it(monkeypatch):
     assert set(OTHER) == {*FIELDS, *OF_MODERN}
     for name, (words, value) in OTHER.items():
-        recipe = recipe_config("modern" if name in OF_MODERN else "dann")
-        choose = ["--recipe", "modern"] if name in OF_MODERN else []
-        _, settings = run_parser(monkeypatch, *choose, flag_of(name), *words)
-        assert {*settings} == {name, *(["recipe"] if choose else [])}
-        before, after = values_of(recipe), values_of(with_settings(recipe, settings))
+        recipe = "modern" if name in OF_MODERN else "dann"
+        _, settings = run_parser(monkeypatch, "--recipe", recipe, flag_of(name), *words)
+        assert {*settings} == {"recipe", name}
+        before, after = (all_settings(with_settings(recipe_config(recipe), given)) for given in ({}, settings))
         assert after == before | {name: value} != before  # and nothing else moved
         assert type(after[name]) is type(before[name])
 
@@ -103,10 +101,8 @@ def test_every_setting_is_a_flag_that_sets_it(monkeypatch):
 def test_settings_of_modern_are_unknown_to_other_recipes(monkeypatch, capsys):
     for recipe in sorted(set(RECIPES) - {"modern"}):
         for name in OF_MODERN:
-            with pytest.raises(SystemExit) as left:
-                run_parser(monkeypatch, "--recipe", recipe, flag_of(name), *OTHER[name][0])
-            assert left.value.code == 2
-            assert flag_of(name) in capsys.readouterr().err.splitlines()[-1]
+            words = ("--recipe", recipe, flag_of(name), *OTHER[name][0])
+            assert flag_of(name) in fail_to_parse(monkeypatch, capsys, *words)
     with pytest.raises(UserError, match=r"--teacher-decay, --warp.* quick"):  # as of a run that is resumed
         with_settings(recipe_config("quick"), {"warp": 0.1, "teacher_decay": 0.9})
 
@@ -127,27 +123,18 @@ def test_nothing_given_is_the_recipe_and_a_flag_beats_it(monkeypatch):
 @pytest.mark.parametrize("hardware", [False, True])
 def test_precision_is_resolved_before_it_is_saved(hardware, monkeypatch):
     monkeypatch.setattr("utils.machine.has_bf16", lambda device: hardware)
-    for words, expected in (([], "bf16" if hardware else "fp32"), (["fp32"], "fp32"), (["bf16"], "bf16")):
+    for words, expected in ((), "bf16" if hardware else "fp32"), (["fp32"], "fp32"), (["bf16"], "bf16"):
         parsed = run_parser(monkeypatch, *(["--precision", *words] if words else []))
         assert options.configure(*parsed, torch.device("cpu"), ALONE)[0].precision == expected
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
+def test_usage_errors(monkeypatch, capsys):
+    for words in (
         *("--epochs 3.5", "--lr fast", "--network resnet", "--lr-schedule linear", "--domain-loss product"),
         *("--frozen-convolutions all", "--separate-domains False", "--recipe unheard", "--source cifar"),
         "--epoch 3",  # no abbreviations: this is --epochs or a mistake
-    ],
-)
-def test_usage_errors(words, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as left:
-        run_parser(monkeypatch, *words.split())
-    assert left.value.code == 2
-    assert words.split()[-1] in capsys.readouterr().err.splitlines()[-1]
-
-
-# ---- ranges
+    ):
+        assert words.split()[-1] in fail_to_parse(monkeypatch, capsys, *words.split())
 
 
 OUT_OF_RANGE = [
@@ -162,14 +149,14 @@ OUT_OF_RANGE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
-def test_values_out_of_range_are_errors_of_one_line(name, value):
+def test_values_out_of_range_are_errors_of_one_line():
     """Of modern, whose batches need two images, and whose discriminator a logit for each class; svhn is its source."""
-    with pytest.raises(UserError) as caught:
-        with_settings(recipe_config("modern"), {name: value})
-    message = str(caught.value)
-    assert flag_of(name) in message
-    assert "\n" not in message
+    for name, value in OUT_OF_RANGE:
+        with pytest.raises(UserError) as caught:
+            with_settings(recipe_config("modern"), {name: value})
+        message = str(caught.value)
+        assert flag_of(name) in message
+        assert "\n" not in message
 
 
 def test_the_edges_of_the_ranges_are_allowed():
@@ -180,12 +167,9 @@ def test_the_edges_of_the_ranges_are_allowed():
     edges = dict.fromkeys(("strong_until", "alignment", "alignment_until", "target_strong_share"), 1.0)
     edges |= dict.fromkeys(("teacher_decay", "warp", "perturbation", "alignment_after", "confidence"), 0.0)
     modern = dataclasses.replace(ModernConfig(), **edges)
-    assert with_settings(recipe_config("modern"), dict(edges)).modern == modern
+    assert with_settings(recipe_config("modern"), edges).modern == modern
     marginal = {"network": "quick", "adversary": "marginal"}
     assert with_settings(recipe_config("modern"), marginal).network == "quick"
-
-
-# ---- saving
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -193,25 +177,17 @@ def test_settings_survive_json(name):
     config = dataclasses.replace(recipe_config(name), seed=2**62, frozen_convolutions=(1, 3), lr=0.1 + 0.2)
     restored = from_dict(json.loads(json.dumps(to_dict(config), allow_nan=False)))
     assert restored == config
-    before, after = values_of(config), values_of(restored)
-    assert all(type(after[key]) is type(before[key]) for key in before)
+    assert list(map(type, all_settings(restored).values())) == list(map(type, all_settings(config).values()))
 
 
 @pytest.mark.parametrize("inner", [False, True])
 def test_settings_of_another_version_are_refused_by_name(inner):
-    for damage in ("missing", "unknown"):
+    known = "warp" if inner else "lr_decay"
+    for name, change in (("warmth", lambda owner: owner.update(warmth=3)), (known, lambda owner: owner.pop(known))):
         values = to_dict(recipe_config("modern"))
-        owner = values["modern"] if inner else values
-        name = "warmth" if damage == "unknown" else "warp" if inner else "lr_decay"
-        if damage == "unknown":
-            owner[name] = 3
-        else:
-            del owner[name]
+        change(values["modern"] if inner else values)
         with pytest.raises(ValueError, match=rf"^{name}$"):
             from_dict(values)
-
-
-# ---- the published numbers
 
 
 SYSTEM_A = {
@@ -223,29 +199,29 @@ SYSTEM_A = {
 PAPER = {
     "method": "dann", "normalisation": "mean", "batch_size": 64, "augmentation": "none", "optimizer": "sgd",
     "lr": 0.01, "lambda_max": 1.0, "lambda_update": "step", "domain_loss": "mean", "warm_start_epochs": 0,
-    "frozen_convolutions": (), "separate_domains": False,
+    "frozen_convolutions": (), "separate_domains": False, "network": "paper-svhn", "lr_schedule": "annealed",
 }  # fmt: skip
 SYSTEM_B = {
-    "method": "dann", "network": "system-b", "normalisation": "unit", "dropout": 0.5, "batch_size": 32,
-    "augmentation": "none", "optimizer": "sgd", "lr": 1e-3, "weight_decay": 0.0, "lr_schedule": "time-decay",
-    "lr_decay": 1e-5, "lambda_max": 1.0, "lambda_update": "epoch",
+    "source": "svhn", "target": "mnist", "method": "dann", "network": "system-b", "normalisation": "unit",
+    "dropout": 0.5, "batch_size": 32, "augmentation": "none", "optimizer": "sgd", "lr": 1e-3, "weight_decay": 0.0,
+    "lr_schedule": "time-decay", "lr_decay": 1e-5, "lambda_max": 1.0, "lambda_update": "epoch",
 }  # fmt: skip
 PUBLISHED = {
     ("dann", None, None): SYSTEM_A,
-    ("dann", "mnist", "usps"): {**SYSTEM_A, "source": "mnist", "target": "usps"},
-    ("paper", "svhn", "mnist"): {**PAPER, "network": "paper-svhn", "lr_schedule": "constant"},
-    ("paper", "mnist", "svhn"): {**PAPER, "network": "paper-mnist", "lr_schedule": "annealed"},
-    ("paper", "synth", "svhn"): {**PAPER, "network": "paper-svhn", "lr_schedule": "annealed"},
-    ("paper", "svhn", "usps"): {**PAPER, "network": "paper-svhn", "lr_schedule": "annealed"},
-    ("cnn-grl", None, None): {**SYSTEM_B, "source": "svhn", "target": "mnist"},
-    ("cnn-grl", "mnist", "svhn"): {**SYSTEM_B, "source": "mnist", "target": "svhn"},
+    ("dann", "mnist", "usps"): SYSTEM_A | {"source": "mnist", "target": "usps"},
+    ("paper", "svhn", "mnist"): PAPER | {"lr_schedule": "constant"},
+    ("paper", "mnist", "svhn"): PAPER | {"network": "paper-mnist"},
+    ("paper", "synth", "svhn"): PAPER,
+    ("paper", "svhn", "usps"): PAPER,
+    ("cnn-grl", None, None): SYSTEM_B,
+    ("cnn-grl", "mnist", "svhn"): SYSTEM_B | {"source": "mnist", "target": "svhn"},
 }
 
 
 @pytest.mark.parametrize(("recipe", "source", "target"), PUBLISHED)
 def test_recipes_hold_the_published_numbers(recipe, source, target):
     published = PUBLISHED[recipe, source, target]
-    assert values_of(recipe_config(recipe, source, target)).items() >= published.items()
+    assert all_settings(recipe_config(recipe, source, target)).items() >= published.items()
 
 
 def test_what_the_papers_leave_open_is_set():

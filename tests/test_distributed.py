@@ -5,13 +5,11 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import ROOT, records_of
-from safetensors.torch import load_file
+from conftest import ROOT, records_of, result_of, run_as_process, state_of, weights_of
 from torch import nn
 
 import main
@@ -20,23 +18,19 @@ from utils.cli import UserError
 from utils.distributed import JoinedBatchNorm, Processes, join, join_batch_norms
 
 CPU = torch.device("cpu")
-MACHINE = ("--device", "cpu", "--precision", "fp32", "--no-download", "--threads", "1")
-# Batch norm, one domain after the other, augmentation and AdamW; and reversal after a warm start, without batch norm.
-BATCH_NORMED = (
-    "--network", "quick", "--normalisation", "per-image", "--separate-domains", "--augmentation", "affine",
-    "--dropout", "0", "--epochs", "2", "--batch-size", "16",
-)  # fmt: skip
-WARM = (
-    "--recipe", "cnn-grl", "--dropout", "0", "--warm-start-epochs", "1", "--epochs", "1", "--batch-size", "16",
-    "--lr", "0.05",
-)  # fmt: skip
-# Its convolutions are frozen from the first step on.
-FROZEN = (*WARM, "--warm-start-epochs", "0")
-# A teacher with aligned labels, class-wise reversal, two views.
-TAUGHT = (
-    "--recipe", "modern", "--optimizer", "sgd", "--lr", "0.002", "--confidence", "0.1", "--epochs", "2",
-    "--epoch-steps", "3", "--batch-size", "16",
-)  # fmt: skip
+# Three recipes: batch norm, one domain after the other, augmentation and AdamW; reversal after a warm start, without
+# batch norm; a teacher with aligned labels, class-wise reversal, two views.
+MACHINE, BATCH_NORMED, WARM, TAUGHT = (
+    words.split()
+    for words in (
+        "--device cpu --precision fp32 --no-download --threads 1",
+        "--network quick --normalisation per-image --separate-domains --augmentation affine --dropout 0 --epochs 2 "
+        "--batch-size 16",
+        "--recipe cnn-grl --dropout 0 --warm-start-epochs 1 --epochs 1 --batch-size 16 --lr 0.05",
+        "--recipe modern --optimizer sgd --lr 0.002 --confidence 0.1 --epochs 2 --epoch-steps 3 --batch-size 16",
+    )
+)
+FROZEN = [*WARM, "--warm-start-epochs", "0"]  # convolutions, from the first step on
 
 # Starts processes as torchrun does, but they are forks of one that has imported what takes seconds to import; and they
 # draw no figures.
@@ -134,19 +128,22 @@ main.main = normalise
 
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory):
-    """Run main.py in several processes, after some code in each; returns their exit codes and what they said."""
+def launch(tiny_data, tmp_path_factory):
+    """Run main.py in several processes, after some code in each, which must end alike; returns what they said."""
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCHER], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
 
-    def run(processes, *arguments, code="", folder=None):
+    def run(processes, *arguments, code="", folder=None, ends=0):
         folder = folder or tmp_path_factory.mktemp("launched")
-        job = {"processes": processes, "arguments": [*map(str, arguments)], "code": code, "folder": str(folder)}
+        arguments = [*map(str, (*arguments, *MACHINE, "--data-dir", tiny_data))]
+        job = {"processes": processes, "arguments": arguments, "code": code, "folder": str(folder)}
         print(json.dumps(job), file=launcher.stdin, flush=True)
         codes = json.loads(launcher.stdout.readline())
-        return codes, "".join((folder / f"{rank}.err").read_text() for rank in range(processes))
+        said = "".join((folder / f"{rank}.err").read_text() for rank in range(processes))
+        assert codes == [ends] * processes, said
+        return said
 
     yield run
     launcher.stdin.close()
@@ -154,22 +151,17 @@ def launch(tmp_path_factory):
     assert launcher.wait(timeout=30) == 0
 
 
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
 @pytest.fixture(scope="module")
-def two(tiny_data, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+def two(tiny_data, tmp_path_factory):
     """The folder and the output of an uninterrupted run of two processes, which torchrun has started."""
     folder = tmp_path_factory.mktemp("two") / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py"]
-    command += [*BATCH_NORMED, *MACHINE, "--data-dir", str(tiny_data), "--run-dir", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    words = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py", *BATCH_NORMED, *MACHINE)
+    done = run_as_process(*words, "--data-dir", tiny_data, "--run-dir", folder, timeout=300)
     assert done.returncode == 0, done.stderr
     return folder, done
 
 
-def assert_alike(one: Path, other: Path, rel: float, rtol: float, atol: float) -> None:
+def assert_alike(one, other, rel, rtol, atol):
     """The same losses in every epoch and the same weights."""
     keys = {"epoch", "p", "lambda_p", "learning_rate", "loss_label", "loss_domain", "domain_accuracy"}
     keys |= {"loss_teacher", "teacher_share"}
@@ -177,94 +169,70 @@ def assert_alike(one: Path, other: Path, rel: float, rtol: float, atol: float) -
         assert ours.keys() == theirs.keys()
         for key in keys & ours.keys():
             assert ours[key] == pytest.approx(theirs[key], rel=rel), key
-    ours, theirs = weights_of(one), weights_of(other)
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, rtol=rtol, atol=atol, msg=name)
+    torch.testing.assert_close(weights_of(one), weights_of(other), rtol=rtol, atol=atol)
 
 
-def test_two_processes_give_the_losses_of_one(two, launch, tiny_data, tmp_path):
-    codes, said = launch(1, *BATCH_NORMED, *MACHINE, "--data-dir", tiny_data, "--run-dir", tmp_path / "one")
-    assert codes == [0], said
+def test_two_processes_give_the_losses_of_one(two, launch, tmp_path):
+    launch(1, *BATCH_NORMED, "--run-dir", tmp_path / "one")
     assert_alike(two[0], tmp_path / "one", rel=2e-4, rtol=2e-3, atol=2e-4)  # the rounding of fp32
 
 
 @pytest.mark.parametrize("settings", [WARM, FROZEN, TAUGHT], ids=["warm start", "frozen from the start", "teacher"])
-def test_two_processes_adapt_like_one(settings, launch, tiny_data, tmp_path):
+def test_two_processes_adapt_like_one(settings, launch, tmp_path):
     for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        codes, said = launch(processes, *settings, *MACHINE, "--data-dir", tiny_data, "--run-dir", folder, code=DOUBLE)
-        assert codes == [0] * processes, said
+        launch(processes, *settings, "--run-dir", tmp_path / str(processes), code=DOUBLE)
     assert_alike(tmp_path / "2", tmp_path / "1", rel=1e-9, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sets the scheduling of threads as Linux does")
-def test_processes_end_in_order_though_the_threads_of_gloo_lag(launch, tiny_data, tmp_path):
+def test_processes_end_in_order_though_the_threads_of_gloo_lag(launch, tmp_path):
     for attempt in range(2):  # the fault that this would find shows up in two of three
-        arguments = (*BATCH_NORMED, *MACHINE, "--dry-run", "--data-dir", tiny_data)
-        codes, said = launch(2, *arguments, "--run-dir", tmp_path / str(attempt), code=IDLE_THREADS)
-        assert codes == [0, 0], said
+        launch(2, *BATCH_NORMED, "--dry-run", "--run-dir", tmp_path / str(attempt), code=IDLE_THREADS)
 
 
 def test_one_process_writes_and_speaks_and_the_result_says_how_many(two):
     folder, done = two
     assert [record["epoch"] for record in records_of(folder)] == [1, 2]
     assert len(list((folder / "tensorboard").glob("*tfevents*"))) == 1
-    result = json.loads((folder / "result.json").read_text())
+    result = result_of(folder)
     assert (result["processes"], result["threads"]) == (2, 1)
     assert json.loads(done.stdout.splitlines()[-1])["processes"] == 2
     assert done.stdout.count("correct / total") == 1
-    assert done.stderr.count("parameters:") == 1
-    assert "1 thread in each of 2 processes" in done.stderr
-    assert done.stderr.count("epoch   2/2") == 1
+    for words in ("parameters:", "1 thread in each of 2 processes", "epoch   2/2"):
+        assert done.stderr.count(words) == 1
 
 
-def test_an_interrupted_run_of_two_processes_goes_on_to_the_same_bits(two, launch, tiny_data, tmp_path):
+def test_an_interrupted_run_of_two_processes_goes_on_to_the_same_bits(two, launch, tmp_path):
     """One of the two processes is told to stop within the second epoch; both do, at the same step."""
     folder = tmp_path / "run"
-    codes, said = launch(2, *BATCH_NORMED, *MACHINE, "--data-dir", tiny_data, "--run-dir", folder, code=STOPPED)
-    assert codes == [130, 130], said
-    command = f"torchrun --nproc_per_node=2 main.py --resume {folder}"
-    assert command in said
+    command = "torchrun --nproc_per_node=2 main.py --resume"
+    assert f"{command} {folder}" in launch(2, *BATCH_NORMED, "--run-dir", folder, code=STOPPED, ends=130)
     assert not (folder / "result.json").exists()
-    state = torch.load(folder / "last.pt", weights_only=True)
+    state = state_of(folder)
     assert (state["epoch"], state["step"]) == (1, 2)
 
-    resume = ("--resume", folder, "--data-dir", tiny_data, "--no-download", "--device", "cpu", "--threads", "1")
-    codes, said = launch(1, *resume)
-    assert codes == [1]
-    assert f"`{command.removesuffix(str(folder))}" in said
+    said = launch(1, "--resume", folder, ends=1)
+    assert f"`{command}" in said
     assert "Traceback" not in said
 
-    codes, said = launch(2, *resume)
-    assert codes == [0, 0], said
-    ours, theirs = weights_of(folder), weights_of(two[0])
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    launch(2, "--resume", folder)
+    torch.testing.assert_close(weights_of(folder), weights_of(two[0]), rtol=0, atol=0)
     assert [r["loss_label"] for r in records_of(folder)] == [r["loss_label"] for r in records_of(two[0])]
 
 
-def test_processes_whose_clocks_differ_share_a_folder(launch, tiny_data, tmp_path):
+def test_processes_whose_clocks_differ_share_a_folder(launch, tmp_path):
     """Without --run-dir its name has the time: that of the process that writes."""
-    arguments = (*BATCH_NORMED, *MACHINE, "--dry-run", "--data-dir", tiny_data)
-    codes, said = launch(2, *arguments, code=CLOCKS_THAT_DIFFER, folder=tmp_path)
-    assert codes == [0, 0], said
+    launch(2, *BATCH_NORMED, "--dry-run", code=CLOCKS_THAT_DIFFER, folder=tmp_path)
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.endswith("20300101-000010")
     assert (folder / "result.json").exists()
 
 
 def test_a_batch_that_cannot_be_split_is_refused(monkeypatch, fail, tiny_data, tmp_path):
-    @contextmanager
-    def join_another(device):
-        yield Processes(0, 2)
-
-    monkeypatch.setattr(main.distributed, "join", join_another)
+    monkeypatch.setattr(main.distributed, "join", lambda device: nullcontext(Processes(0, 2)))
     arguments = (*BATCH_NORMED[:-1], "15", "--data-dir", tiny_data, "--run-dir", tmp_path / "run", "--device", "cpu")
     assert "--batch-size 15" in fail(main, *arguments)
     assert not (tmp_path / "run").exists()
-
-
-# --- a process among others -------------------------------------------------------------------------
 
 
 def test_a_lone_process_needs_nobody():
@@ -272,30 +240,24 @@ def test_a_lone_process_needs_nobody():
         assert processes == Processes(0, 1)
         assert processes.writes
         assert processes.part(10) == slice(0, 10)
-        assert processes.any(True) is True
-        assert processes.any(False) is False
+        assert (processes.any(True), processes.any(False)) == (True, False)
         assert processes.gather("state") == ["state"]
         assert processes.from_first("name") == "name"
         assert processes.first_alone(lambda: 3) == 3
-        values = torch.ones(3)
-        assert processes.mean_(values) is values
+        assert processes.mean_(torch.ones(3)).tolist() == [1, 1, 1]
 
 
 def test_parts_are_the_batch():
-    parts = [list(range(12))[Processes(rank, 3).part(12)] for rank in range(3)]
-    assert parts == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert [list(range(6))[Processes(rank, 3).part(6)] for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
 
 
 @pytest.mark.parametrize(("device", "told"), [("mps", "--device cpu"), ("cuda", "1 GPU")])
 def test_processes_that_can_share_no_device_are_refused(monkeypatch, device, told):
-    for key, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(key, value)
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=told), join(torch.device(device)):
         pass
-
-
-# --- batch norm over all of them --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -312,8 +274,7 @@ def test_joined_batch_norm_is_that_of_the_joined_batch(launch, tmp_path, mean, d
     nn.init.uniform_(layer.weight, 0.5, 1)
     nn.init.uniform_(layer.bias, -1, 1)
     torch.save({"x": x, "weights": weights, "state": layer.state_dict()}, tmp_path / "given.pt")
-    codes, said = launch(2, code=JOINED, folder=tmp_path)
-    assert codes == [0, 0], said
+    launch(2, code=JOINED, folder=tmp_path)
 
     layer, x = layer.double(), x.double().requires_grad_()
     y = layer(x)
@@ -338,10 +299,8 @@ def test_every_batch_norm_is_joined_and_keeps_what_it_had(device, kind):
             nn.init.uniform_(module.weight)
     joined = copy.deepcopy(model)
     join_batch_norms(joined, torch.device(device))
-    norms = [module for module in joined.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    assert [type(norm) for norm in norms] == [kind] * 4
-    assert joined.state_dict().keys() == model.state_dict().keys()
-    for ours, theirs in zip(joined.state_dict().values(), model.state_dict().values(), strict=True):
-        assert torch.equal(ours, theirs)
+    kinds = [type(module) for module in joined.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert kinds == [kind] * 4
+    torch.testing.assert_close(joined.state_dict(), model.state_dict(), rtol=0, atol=0)
     x = torch.rand(6, 3, 32, 32)
     torch.testing.assert_close(joined.eval()(x), model.eval()(x))

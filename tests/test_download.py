@@ -43,12 +43,16 @@ class Site(http.server.ThreadingHTTPServer):
         self.ranges_known = self.says_length = True
         self.break_after = []  # bytes to send before the connection is cut, one entry a request
         self.stalls = False  # instead of cutting, send nothing more
-        self.hangs = False  # never answer
         self.answers_after_seconds = 0
         self.requests = []  # (path, Range header or None)
         self.bytes_sent = 0
         self.closing = threading.Event()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def __exit__(self, *exception):
+        self.closing.set()
+        self.shutdown()
+        super().__exit__(*exception)
 
     def url(self, path="/file"):
         return f"http://127.0.0.1:{self.server_address[1]}{path}"
@@ -61,10 +65,10 @@ class SiteHandler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         site, asked, site.agent = self.server, self.headers.get("Range"), self.headers.get("User-Agent")
         site.requests.append((self.path, asked))
-        site.closing.wait(20 if site.hangs else site.answers_after_seconds)
+        site.closing.wait(site.answers_after_seconds)
         content = site.files.get(self.path)
         start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and site.ranges_known else 0
-        if site.hangs or content is None or (start and start >= len(content)):
+        if content is None or (start and start >= len(content)):
             self.send_error(404 if content is None else 416)
             return
         self.send_response(206 if start else 200)
@@ -91,23 +95,15 @@ def _plain_environment(monkeypatch):
 
 
 @pytest.fixture
-def make_site():
-    sites = []
-
-    def make():
-        sites.append(Site())
-        return sites[-1]
-
-    yield make
-    for site in sites:
-        site.closing.set()
-        site.shutdown()
-        site.server_close()
+def site():
+    with Site() as site:
+        yield site
 
 
 @pytest.fixture
-def site(make_site):
-    return make_site()
+def mirror():
+    with Site() as mirror:
+        yield mirror
 
 
 @pytest.fixture
@@ -122,8 +118,11 @@ def files_below(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
 
 
-def use_files(monkeypatch, *replaced):
-    monkeypatch.setattr(files, "DATA_FILES", {"usps": replaced})
+def check_download(path, *urls):
+    """After a download the folder holds the whole file, and nothing else."""
+    download(urls, path, CHECKSUM)
+    assert path.read_bytes() == CONTENT
+    assert files_below(path.parent) == [path.name]
 
 
 # --- one file ---------------------------------------------------------------------------------------
@@ -131,33 +130,38 @@ def use_files(monkeypatch, *replaced):
 
 @pytest.mark.parametrize("says_length", [True, False])
 @pytest.mark.parametrize("algorithm", ["md5", "sha256"])
-def test_plain_download_into_a_new_folder(site, tmp_path, says_length, algorithm):
+def test_right_content_comes_into_a_new_folder_and_wrong_leaves_nothing(site, tmp_path, says_length, algorithm):
     site.says_length = says_length
     expected = hashlib.new(algorithm, CONTENT).hexdigest()
     download([site.url()], tmp_path / "new" / "folder" / "file", f"{algorithm}:{expected}")
     assert (tmp_path / "new" / "folder" / "file").read_bytes() == CONTENT
-    with pytest.raises(UserError, match="checksum"):
-        download([site.url()], tmp_path / "wrong", f"{algorithm}:{'0' * len(expected)}")
+    site.files["/file"] = CONTENT[:-1] + b"?"
+    with pytest.raises(UserError, match=r"checksum.* run it again") as refused:
+        download([site.url()], tmp_path / "wrong", f"{algorithm}:{expected}", again="it")
+    assert str(tmp_path / "wrong") in str(refused.value), "where it can be put by hand"
     assert files_below(tmp_path) == ["new/folder/file"]
+    assert len(site.requests) == 2
     assert "urllib" not in site.agent
 
 
-def test_a_file_with_the_right_checksum_is_left_alone_and_another_replaced(site, tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(CONTENT)
-    download([site.url()], path, CHECKSUM)
-    assert site.requests == []
-    path.write_bytes(b"an older one")
-    download([site.url()], path, CHECKSUM)
-    assert path.read_bytes() == CONTENT
+@pytest.mark.parametrize("name", ["file", "file.part"])
+@pytest.mark.parametrize("kept", [CONTENT, CONTENT + b"more", b"wrong" * 1000], ids=["right", "too long", "wrong"])
+def test_the_right_content_is_left_alone_and_other_replaced(site, tmp_path, name, kept):
+    (tmp_path / name).write_bytes(kept)
+    check_download(tmp_path / "file", site.url())
+    assert (site.bytes_sent == 0) == (kept == CONTENT)
+    assert bool(site.requests) == (name == "file.part" or kept != CONTENT)
 
 
-def test_broken_connections_are_resumed_and_no_byte_comes_twice(site, tmp_path):
-    site.break_after = [100_000, 50_000]
-    download([site.url()], tmp_path / "file", CHECKSUM)
-    assert (tmp_path / "file").read_bytes() == CONTENT
-    assert [asked for _, asked in site.requests] == [None, "bytes=100000-", "bytes=150000-"]
-    assert site.bytes_sent == len(CONTENT)
+@pytest.mark.parametrize("fault", ["breaks off twice", "stalls", "knows no ranges"])
+def test_what_was_broken_off_is_resumed_and_no_byte_comes_twice(site, tmp_path, fault):
+    """But where the server knows no ranges, and sends the whole file again."""
+    site.stalls, site.ranges_known = fault == "stalls", fault != "knows no ranges"
+    site.break_after = [100_000, 50_000] if fault == "breaks off twice" else [100_000]
+    check_download(tmp_path / "file", site.url())
+    ranges = [None, "bytes=100000-", "bytes=150000-"]
+    assert [asked for _, asked in site.requests] == ranges[: 3 if fault == "breaks off twice" else 2]
+    assert site.bytes_sent == len(CONTENT) + (0 if site.ranges_known else 100_000)
 
 
 def test_a_second_call_resumes_what_the_first_one_kept(site, tmp_path):
@@ -167,66 +171,30 @@ def test_a_second_call_resumes_what_the_first_one_kept(site, tmp_path):
         download([site.url()], path, CHECKSUM, again="it")
     assert len(site.requests) == 4  # one and three retries
     assert files_below(tmp_path) == ["file.part"]
-    download([site.url()], path, CHECKSUM)
-    assert path.read_bytes() == CONTENT
+    check_download(path, site.url())
     assert site.requests[-1][1] == "bytes=40000-"
     assert site.bytes_sent == len(CONTENT)
 
 
-@pytest.mark.parametrize("fault", ["stalls", "knows no ranges"])
-def test_what_was_broken_off_is_had_in_a_second_request(site, tmp_path, fault):
-    """Also where the server then sends the whole file again."""
-    site.stalls, site.ranges_known = fault == "stalls", fault == "stalls"
-    site.break_after = [100_000]
-    download([site.url()], tmp_path / "file", CHECKSUM)
-    assert (tmp_path / "file").read_bytes() == CONTENT
-    assert [asked for _, asked in site.requests] == [None, "bytes=100000-"]
-
-
-@pytest.mark.parametrize("kept", [CONTENT, CONTENT + b"more", b"wrong" * 1000], ids=["whole", "too long", "wrong"])
-def test_wrong_partial_files_are_replaced(site, tmp_path, kept):
-    (tmp_path / "file.part").write_bytes(kept)
-    download([site.url()], tmp_path / "file", CHECKSUM)
-    assert (tmp_path / "file").read_bytes() == CONTENT
-    assert files_below(tmp_path) == ["file"]
-    assert (site.bytes_sent == 0) == (kept == CONTENT)
-
-
-def test_wrong_content_is_refused_and_leaves_nothing(site, tmp_path):
-    site.files["/file"] = CONTENT[:-1] + b"?"
-    with pytest.raises(UserError, match="checksum") as refused:
-        download([site.url()], tmp_path / "file", CHECKSUM, again="it")
-    assert "run it again" in str(refused.value)
-    assert str(tmp_path / "file") in str(refused.value), "where it can be put by hand"
-    assert files_below(tmp_path) == []
-    assert len(site.requests) == 1
-
-
 @pytest.mark.parametrize("fault", ["wrong content", "404", "refused", "hangs", "breaks off"])
-def test_the_mirror_takes_over(make_site, refused_url, tmp_path, fault):
+def test_the_mirror_takes_over(site, mirror, refused_url, tmp_path, fault):
     """Where the first site broke off, it resumes what that one has sent."""
-    bad, mirror = make_site(), make_site()
-    bad.hangs, bad.break_after = fault == "hangs", [1000] * 4 if fault == "breaks off" else []
-    bad.files = {"wrong content": {"/file": b"something else"}, "breaks off": bad.files}.get(fault, {})
-    download([refused_url if fault == "refused" else bad.url(), mirror.url()], tmp_path / "file", CHECKSUM)
-    assert (tmp_path / "file").read_bytes() == CONTENT
-    assert files_below(tmp_path) == ["file"]
+    site.answers_after_seconds, site.break_after = 20 * (fault == "hangs"), [1000] * 4 * (fault == "breaks off")
+    site.files = {"wrong content": {"/file": b"something else"}, "404": {}}.get(fault, site.files)
+    check_download(tmp_path / "file", refused_url if fault == "refused" else site.url(), mirror.url())
     assert mirror.requests == [("/file", "bytes=4000-" if fault == "breaks off" else None)]
 
 
-def test_a_slow_mirror_has_its_share_of_the_time(make_site, tmp_path, monkeypatch):
-    bad, mirror = make_site(), make_site()
-    bad.hangs = True
-    mirror.answers_after_seconds = 0.3
+def test_a_slow_mirror_has_its_share_of_the_time(site, mirror, tmp_path, monkeypatch):
+    site.answers_after_seconds, mirror.answers_after_seconds = 20, 0.3
     monkeypatch.setattr(download_module, "TIMEOUT_SECONDS", 10)
-    download([bad.url(), mirror.url()], tmp_path / "file", CHECKSUM)
-    assert (tmp_path / "file").read_bytes() == CONTENT
+    check_download(tmp_path / "file", site.url(), mirror.url())
 
 
 @pytest.mark.parametrize("silent", ["server", "server after some bytes", "name look-up"])
 def test_silence_ends_within_the_total_whatever_the_number_of_addresses(site, tmp_path, monkeypatch, silent):
     urls = [site.url()] * 8
-    site.hangs, site.stalls = silent == "server", silent == "server after some bytes"
+    site.answers_after_seconds, site.stalls = 20 * (silent == "server"), silent == "server after some bytes"
     site.break_after = [1000] + [0] * 8 if site.stalls else []
     if silent == "name look-up":
         monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: site.closing.wait(20))
@@ -241,21 +209,19 @@ def test_silence_ends_within_the_total_whatever_the_number_of_addresses(site, tm
     assert SHIPPED_LIMIT < 30
 
 
-def test_a_folder_that_cannot_be_made(site, tmp_path):
-    (tmp_path / "occupied").write_text("a file")
-    path = tmp_path / "occupied" / "sub" / "file"
-    with pytest.raises(UserError, match=re.escape(str(path))):
-        download([site.url()], path, CHECKSUM)
-    assert site.requests == []
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_leaves_nothing(site, tmp_path):
+def test_a_full_disk_and_a_folder_that_cannot_be_made(site, tmp_path):
+    """Nothing is left, and no other address asked, which would not help."""
     (tmp_path / "file.part").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"space .*file"):
         download([site.url(), site.url()], tmp_path / "file", CHECKSUM)
     assert files_below(tmp_path) == []
-    assert len(site.requests) == 1  # a mirror would not help
+    assert len(site.requests) == 1
+    (tmp_path / "occupied").write_text("a file")
+    path = tmp_path / "occupied" / "sub" / "file"
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        download([site.url()], path, CHECKSUM)
+    assert len(site.requests) == 1
 
 
 def test_two_at_once_do_not_spoil_each_other(site, tmp_path):
@@ -272,29 +238,32 @@ def test_two_at_once_do_not_spoil_each_other(site, tmp_path):
 # --- the data sets ----------------------------------------------------------------------------------
 
 
-def test_fetch_downloads_what_is_missing_and_the_second_time_nothing(site, tmp_path, monkeypatch, capsys):
-    use_files(monkeypatch, DataFile("a/file", MD5, (site.url(),)), DataFile("b/file", MD5, (site.url(),)))
+def use_files(monkeypatch, site, *paths):
+    monkeypatch.setattr(files, "DATA_FILES", {"usps": [DataFile(path, MD5, (site.url(),)) for path in paths]})
+
+
+def test_the_second_time_all_is_already_there(site, tmp_path, monkeypatch, capsys):
+    """fetch() leaves stdout to the script that calls it; download_data.py says there what it did."""
+    use_files(monkeypatch, site, "a/file", "b/file")
     for _ in range(2):
-        fetch(["usps", "synth"], tmp_path)
-        assert files_below(tmp_path) == ["a/file", "b/file"]
+        fetch(["usps", "synth"], tmp_path / "fetched")
+        assert files_below(tmp_path / "fetched") == ["a/file", "b/file"]
         assert len(site.requests) == 2
-    assert capsys.readouterr().out == ""  # stdout belongs to the script that calls
-
-
-def test_the_script_says_already_there_the_second_time(site, tmp_path, monkeypatch, capsys):
-    use_files(monkeypatch, DataFile("file", MD5, (site.url(),)))
+    assert capsys.readouterr().out == ""
     monkeypatch.setattr(sys, "argv", ["download_data.py", "usps", "--data-dir", str(tmp_path)])
     for state in ("downloaded", "already there"):
         download_data.main()
         shown = capsys.readouterr()
         assert all(words in shown.out for words in (state, "300,000 bytes", "licence: for research"))
     assert shown.err == ""
-    assert len(site.requests) == 1
+    assert len(site.requests) == 4
 
 
-def test_another_file_under_the_name_is_left_alone_with_one_line(site, tmp_path, monkeypatch, capsys):
-    use_files(monkeypatch, DataFile("file", MD5, (site.url(),)))
+def test_what_is_there_is_left_alone(site, tmp_path, monkeypatch, capsys):
+    """MNIST unpacked without a word, another file under the name with one line."""
+    use_files(monkeypatch, site, "file", "t10k-labels-idx1-ubyte.gz")
     (tmp_path / "file").write_bytes(b"a subset")
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(b"unpacked")
     fetch(["usps"], tmp_path)
     assert (tmp_path / "file").read_bytes() == b"a subset"
     assert site.requests == []
@@ -303,22 +272,13 @@ def test_another_file_under_the_name_is_left_alone_with_one_line(site, tmp_path,
     assert f"`python download_data.py usps --data-dir {tmp_path}`" in line
 
 
-def test_an_unpacked_mnist_file_counts_as_there(site, tmp_path, monkeypatch):
-    use_files(monkeypatch, DataFile("MNIST/raw/t10k-labels-idx1-ubyte.gz", MD5, (site.url(),)))
-    (tmp_path / "MNIST/raw").mkdir(parents=True)
-    (tmp_path / "MNIST/raw/t10k-labels-idx1-ubyte").write_bytes(b"unpacked")
+def test_the_users_own_mirror_is_tried_first(site, mirror, tmp_path, monkeypatch):
+    mirror.files = {"/digits/sub/file": CONTENT}
+    monkeypatch.setenv("DANN_MIRROR", mirror.url("/digits/"))
+    use_files(monkeypatch, site, "sub/file")
     fetch(["usps"], tmp_path)
+    assert mirror.requests == [("/digits/sub/file", None)]
     assert site.requests == []
-
-
-def test_the_users_own_mirror_is_tried_first(make_site, tmp_path, monkeypatch):
-    official, own = make_site(), make_site()
-    own.files = {"/digits/sub/file": CONTENT}
-    monkeypatch.setenv("DANN_MIRROR", own.url("/digits/"))
-    use_files(monkeypatch, DataFile("sub/file", MD5, (official.url(),)))
-    fetch(["usps"], tmp_path)
-    assert own.requests == [("/digits/sub/file", None)]
-    assert official.requests == []
     monkeypatch.setenv("DANN_MIRROR", "/some/folder")
     (tmp_path / "sub/file").unlink()
     with pytest.raises(UserError, match=r"DANN_MIRROR.*/some/folder.*https?://"):
@@ -327,11 +287,8 @@ def test_the_users_own_mirror_is_tried_first(make_site, tmp_path, monkeypatch):
 
 def test_the_table_agrees_with_torchvision_and_has_addresses_of_each_file():
     everything = [file for group in DATA_FILES.values() for file in group]
-    theirs = dict(datasets.MNIST.resources)
-    for split in ("train", "test"):
-        for dataset in (datasets.SVHN, datasets.USPS):
-            _, name, md5 = dataset.split_list[split]
-            theirs[name] = md5
+    splits = [dataset.split_list[split] for dataset in (datasets.SVHN, datasets.USPS) for split in ("train", "test")]
+    theirs = dict(datasets.MNIST.resources) | {name: md5 for _, name, md5 in splits}
     assert len(everything) == len(theirs) == 8
     assert {Path(file.path).name: file.md5 for file in everything} == theirs
     for file in everything:
@@ -345,7 +302,7 @@ def test_real_files_are_recognised_without_a_network(real_data, monkeypatch, cap
         for name in ("mnist", "usps")
     }
     monkeypatch.setattr(files, "DATA_FILES", offline)
-    fetch(["mnist", "usps"], real_data)  # would raise if it tried to download
+    fetch(offline, real_data)  # would raise if it tried to download
     said = capsys.readouterr().err
     for file in (*DATA_FILES["mnist"], *DATA_FILES["usps"]):
         path = real_data / file.path
@@ -372,42 +329,33 @@ def run_command(tmp_path, refused_url):
     return run
 
 
-def error_lines(stderr):
-    assert "Traceback" not in stderr
-    return [line for line in stderr.splitlines() if not line.startswith("downloading ")]
+def one_line(stderr):
+    """What is said beside the files that are being downloaded."""
+    (line,) = [line for line in stderr.splitlines() if not line.startswith("downloading ")]
+    return line
 
 
-def test_wrong_content_ends_the_command_with_one_line(site, tmp_path, run_command):
+def test_a_failure_ends_the_command_with_one_line(site, tmp_path, run_command):
+    """Wrong content, and no network at all, which is said at once."""
     site.files["/MNIST/raw/train-images-idx3-ubyte.gz"] = b"<html>Please log in</html>"
-    done = run_command("mnist", "--data-dir", "digits", DANN_MIRROR=site.url(""))
-    assert done.returncode == 1
-    (line,) = error_lines(done.stderr)
-    assert line.startswith("error: ")
-    for words in (
-        "train-images-idx3-ubyte.gz (127.0.0.1:",
-        "checksum",
-        "`python download_data.py mnist --data-dir digits`",
+    mnist = r"train-images-idx3-ubyte.gz \(127.0.0.1:.*checksum.*`python download_data.py mnist --data-dir digits`"
+    for arguments, environment, told in (
+        (("mnist", "--data-dir", "digits"), {"DANN_MIRROR": site.url("")}, mnist),
+        ((), {}, r"train_32x32.mat \(ufldl.stanford.edu: Connection refused\)"),
     ):
-        assert words in line
+        began = time.monotonic()
+        done = run_command(*arguments, **environment)
+        assert time.monotonic() - began < SHIPPED_TIMEOUT
+        assert done.returncode == 1
+        assert re.search(rf"^error: .*{told}", one_line(done.stderr))
+        assert files_below(tmp_path) == []
     assert len(site.requests) == 1
-    assert files_below(tmp_path) == []
-
-
-def test_no_network_ends_the_command_with_one_line(tmp_path, run_command):
-    began = time.monotonic()
-    done = run_command()
-    assert time.monotonic() - began < SHIPPED_TIMEOUT, "a refusal is said at once"
-    assert done.returncode == 1
-    (line,) = error_lines(done.stderr)
-    assert re.search(r"^error: .*train_32x32.mat \(ufldl.stanford.edu: Connection refused\)", line)
-    assert files_below(tmp_path) == []
 
 
 @pytest.mark.parametrize("sent", [1_000, 100_000])
 def test_ctrl_c_ends_the_command_with_130_and_keeps_what_came(site, tmp_path, run_command, sent):
     site.files["/usps.bz2"] = CONTENT
-    site.break_after = [sent]
-    site.stalls = True
+    site.break_after, site.stalls = [sent], True
     process = run_command("usps", start=subprocess.Popen, DANN_MIRROR=site.url(""))
     part = tmp_path / "data" / "usps.bz2.part"
     deadline = time.monotonic() + 8  # the command itself gives a silent server ten seconds
@@ -417,20 +365,14 @@ def test_ctrl_c_ends_the_command_with_130_and_keeps_what_came(site, tmp_path, ru
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == 130
-    (line,) = error_lines(stderr)
-    assert re.search(rf"{sent:,} bytes .*data.usps.bz2.part, run .* again", line)
+    assert re.search(rf"{sent:,} bytes .*data.usps.bz2.part, run .* again", one_line(stderr))
     assert files_below(tmp_path) == ["data/usps.bz2.part"]
     assert part.read_bytes() == CONTENT[:sent]
 
 
-def test_help_and_usage(tmp_path, run_command):
-    shown = run_command("--help")
-    assert shown.returncode == 0
-    assert "DANN_MIRROR" in shown.stdout
-    assert shown.stdout.count("  python download_data.py") == 2
-    wrong = run_command("svnh")
-    assert wrong.returncode == 2
-    assert "svnh" in wrong.stderr
-    assert "svhn mnist usps" in wrong.stderr
-    assert run_command("--data", "x").returncode == 2  # no abbreviations
-    assert files_below(tmp_path) == []
+@pytest.mark.parametrize(("words", "told"), [(["svnh"], "'svnh'.*svhn mnist usps"), (["--data", "x"], ": --data$")])
+def test_unknown_names_and_abbreviated_options_are_usage_mistakes(capsys, words, told):
+    with pytest.raises(SystemExit) as ended:
+        download_data.parse_arguments(words)
+    assert ended.value.code == 2
+    assert re.search(f"error: .*{told}", capsys.readouterr().err.strip())

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
@@ -13,15 +10,12 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 import torch
-from conftest import train
+from conftest import ROOT, records_of, run_as_process, train
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from data_loader import DigitSet
 from digits.domains import load_domain
-from methods.classifier import load_classifier
 from methods.networks import NETWORKS, build_network
 from methods.recipes import Config
 from tools import figures
@@ -29,18 +23,13 @@ from tools.figure_architecture import stages_of
 from tools.figure_curves import chance_loss, column, lambda_curve
 from tools.figure_data import load_network, sample
 from tools.figure_features import neighbour_share, proxy_a_distance, same_digit_share
-from utils.cli import run_script
+from utils.checkpoint import load_weights, save_weights
 from valid import evaluate
 from watch.plots import spread
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 NAMES = ("architecture", "samples", "curves", "confusion", "misclassified", "features")
 KEPT = ROOT / "results" / "figures"
-SMALL = (
-    "--network", "quick", "--normalisation", "per-image", "--batch-size", 16, "--dry-run", "--device", "cpu",
-    "--precision", "fp32", "--no-download",
-)  # fmt: skip
 
 
 def gaussian(count: int, features: int, seed: int, shift: float = 0.0) -> np.ndarray:
@@ -53,7 +42,7 @@ def gaussian(count: int, features: int, seed: int, shift: float = 0.0) -> np.nda
 
 
 def test_how_mixed_domains_are_between_the_extremes():
-    far, alike = (gaussian(600, 6, 1, shift=50), gaussian(600, 6, 1))
+    far, alike = gaussian(600, 6, 1, shift=50), gaussian(600, 6, 1)
     assert proxy_a_distance(gaussian(600, 6, 0), far) == 2
     assert neighbour_share(gaussian(600, 6, 0), far) == 0
     assert 0 <= proxy_a_distance(gaussian(600, 6, 0), alike) < 0.2
@@ -76,11 +65,8 @@ def test_neighbour_share_by_all_distances():
     f_s, f_t = gaussian(40, 4, 0), gaussian(25, 4, 1, shift=1)
     features, domains = np.concatenate((f_s, f_t)), np.array([0] * 40 + [1] * 25)
     distances = ((features[:, None] - features) ** 2).sum(2)
-    shares = []
-    for i in range(65):
-        nearest = sorted((j for j in range(65) if j != i), key=lambda j: distances[i, j])[:10]
-        shares.append(np.mean([domains[j] != domains[i] for j in nearest]))
-    assert neighbour_share(f_s, f_t, 10) == pytest.approx(np.mean(shares))
+    nearest = distances.argsort(1)[:, 1:11]  # the first is the image itself
+    assert neighbour_share(f_s, f_t, 10) == pytest.approx((domains[nearest] != domains[:, None]).mean())
 
 
 def test_same_digit_share_by_hand():
@@ -103,13 +89,12 @@ def test_a_sample_has_test_images_first_and_none_twice():
     images, labels = sample(test, train, 45, seed=0)
     numbers = images.flatten().tolist()
     assert sorted(numbers[:30]) == list(range(30))
+    assert sorted(numbers[:30]) != numbers[:30], "drawn, not the first ones"
     assert len(set(numbers)) == 45
     assert min(numbers[30:]) >= 100
     assert labels.tolist() == [number % 10 for number in numbers]
-    assert sample(test, train, 45, seed=0)[0].flatten().tolist() == numbers
-    assert sorted(numbers[:30]) != numbers[:30], "drawn, not the first ones"
-    few = sample(test, train, 12, seed=0)[0].flatten().tolist()
-    assert max(few) < 30
+    assert torch.equal(sample(test, train, 45, seed=0)[0], images)
+    assert sample(test, train, 12, seed=0)[0].max() < 30
 
 
 def test_each_digit_gets_its_turn():
@@ -145,18 +130,15 @@ def test_stages_name_what_comes_with_a_layer():
     ]
 
 
-def test_what_the_domain_loss_should_tend_to():
-    """Discriminators that say one half to everything."""
+def test_the_curves_that_the_figures_show_beside_the_measured_ones():
+    """The domain loss of discriminators that say one half to everything; λ over a warm start and two epochs."""
     half = -math.log(0.5)
     assert chance_loss(Config(domain_loss="sum"))[0] == pytest.approx(half + half)
     assert chance_loss(Config(domain_loss="mean"))[0] == pytest.approx((half + half) / 2)
-
-
-def test_lambda_over_a_warm_start_and_two_epochs():
+    at_half = 2 / (1 + math.exp(-5)) - 1
     epochs, factors = lambda_curve(Config(epochs=2, warm_start_epochs=1, lambda_max=0.5))
     assert (epochs[0], epochs[-1]) == (0, 3)
     assert (factors[epochs <= 1] == 0).all()
-    at_half = 2 / (1 + math.exp(-5)) - 1
     assert np.interp(2, epochs, factors) == pytest.approx(0.5 * at_half, abs=1e-3)
     epochs, factors = lambda_curve(Config(epochs=2, lambda_update="epoch"))
     assert (factors[epochs < 1] == 0).all()
@@ -171,8 +153,17 @@ def runs(tiny_data, tmp_path_factory):
     """A run with gradient reversal and its source-only counterpart, of two short epochs each."""
     folder = tmp_path_factory.mktemp("runs")
     for method in ("dann", "source-only"):
-        train(*SMALL, "--method", method, "--data-dir", tiny_data, "--run-dir", folder / method)
+        train(
+            "--network", "quick", "--normalisation", "per-image", "--batch-size", 16, "--dry-run", "--device", "cpu",
+            "--precision", "fp32", "--no-download", "--data-dir", tiny_data,
+            "--method", method, "--run-dir", folder / method,
+        )  # fmt: skip
     return folder
+
+
+@pytest.fixture
+def arguments(tiny_data):
+    return ("--data-dir", tiny_data, "--device", "cpu", "--no-download")
 
 
 def check_figures(folder: Path) -> None:
@@ -187,12 +178,10 @@ def check_figures(folder: Path) -> None:
         assert (edge == 255).all(), f"{name} is cut off, or its page is not white"
 
 
-def test_figures_of_a_run_and_its_source_only_run(runs, tiny_data):
+def test_figures_of_a_run_and_its_source_only_run(monkeypatch, runs, arguments):
     """A process, as a user would start it."""
-    command = [sys.executable, "-m", "tools.figures", runs / "dann", "--compare", runs / "source-only"]
-    command += ["--data-dir", tiny_data, "--device", "cpu", "--no-download"]
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads of so small a job only wait for each other
-    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=300)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads of so small a job only wait for each other
+    done = run_as_process("-m", "tools.figures", runs / "dann", "--compare", runs / "source-only", *arguments)
     assert done.returncode == 0, done.stderr
     check_figures(runs / "dann" / "figures")
     printed = json.loads(done.stdout.splitlines()[-1])
@@ -207,14 +196,11 @@ def test_figures_of_a_run_and_its_source_only_run(runs, tiny_data):
     assert counts["gained"] - counts["lost"] == after["target_correct"] - before["target_correct"]
 
 
-def draw(monkeypatch, *arguments) -> None:
-    monkeypatch.setattr(sys, "argv", ["figures.py", *map(str, arguments), "--device", "cpu", "--no-download"])
-    run_script(figures.main)
-
-
-def test_figures_of_a_run_alone(monkeypatch, capsys, runs, tiny_data, tmp_path):
+def test_figures_of_a_run_alone(monkeypatch, capsys, runs, arguments, tmp_path):
     """Of one without a domain loss, so that panels stay empty."""
-    draw(monkeypatch, runs / "source-only", "--out", tmp_path, "--data-dir", tiny_data)
+    command = ("figures.py", runs / "source-only", "--out", tmp_path, *arguments)
+    monkeypatch.setattr("sys.argv", list(map(str, command)))
+    figures.main()
     check_figures(tmp_path)
     result = json.loads((runs / "source-only" / "result.json").read_text())
     wrong = result["target_total"] - result["target_correct"]
@@ -225,22 +211,21 @@ def test_figures_of_a_run_alone(monkeypatch, capsys, runs, tiny_data, tmp_path):
 def test_features_do_not_depend_on_the_batch(runs, tiny_data):
     """Eval mode: in training mode batch norm would mix the images of a batch."""
     network, images = load_network(runs / "dann", CPU), load_domain("mnist", "test", tiny_data).images[:9]
-    network.classifier.model.train()
+    classifier = network.classifier
+    classifier.model.train()
     features = network.features(images)
     np.testing.assert_allclose(network.features(images[4:5])[0], features[4], atol=1e-5)
-    classifier = load_classifier(str(runs / "dann"), CPU)
     with torch.no_grad():
-        expected = classifier.model.extractor.layers(classifier.preprocess(images)).numpy()
+        expected = classifier.model.eval().extractor.layers(classifier.preprocess(images))
     np.testing.assert_allclose(features, expected, atol=1e-5)
 
 
 def test_curves_leave_out_what_was_not_measured(runs):
     """Where a record lacks a value, and where it has null for one."""
     for folder in (runs / "source-only", KEPT / "source-only"):
-        network = load_network(folder, CPU)
+        network, records = load_network(folder, CPU), records_of(folder)
         assert [values.tolist() for values in column(network, "loss_domain")] == [[], []]
         epochs, losses = column(network, "loss_label")
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert epochs.tolist() == list(range(1, len(records) + 1))
         assert losses.tolist() == [record["loss_label"] for record in records]
 
@@ -272,39 +257,24 @@ def metrics(content: bytes):
         (metrics(b""), "metrics.jsonl is empty"),
     ],
 )
-def test_a_bad_run_is_one_line_that_names_the_command(monkeypatch, capsys, damaged, tiny_data, spoil, named):
+def test_a_bad_run_is_one_line_that_names_the_command(fail, damaged, arguments, spoil, named):
     spoil(damaged)
-    with pytest.raises(SystemExit) as ended:
-        draw(monkeypatch, damaged, "--data-dir", tiny_data)
-    assert ended.value.code == 1
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    (line,) = printed.err.splitlines()
-    assert line.startswith("error: ")
-    assert named in line
-    assert str(damaged) in line
+    message = fail(figures, damaged, *arguments)
+    assert named in message
+    assert str(damaged) in message
 
 
-def test_a_run_to_compare_with_must_be_of_the_same_domains(monkeypatch, capsys, runs, damaged, tiny_data):
-    path = damaged / "model.safetensors"
-    with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["dann"])
-        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
-    save_file(weights, path, {"dann": json.dumps(about | {"source": "usps"})})
-    with pytest.raises(SystemExit) as ended:
-        draw(monkeypatch, runs / "dann", "--compare", damaged, "--data-dir", tiny_data)
-    assert ended.value.code == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "svhn → mnist and usps → mnist" in line
-    assert "--source svhn --target mnist --method source-only --seed 0" in line
+def test_a_run_to_compare_with_must_be_of_the_same_domains(fail, runs, damaged, arguments):
+    weights, about = load_weights(damaged / "model.safetensors")
+    save_weights(damaged / "model.safetensors", weights, about | {"source": "usps"})
+    message = fail(figures, runs / "dann", "--compare", damaged, *arguments)
+    assert "svhn → mnist and usps → mnist" in message
+    assert "--source svhn --target mnist --method source-only --seed 0" in message
 
 
-def test_missing_data_is_one_line(monkeypatch, capsys, runs, tmp_path):
-    with pytest.raises(SystemExit) as ended:
-        draw(monkeypatch, runs / "dann", "--out", tmp_path / "out", "--data-dir", tmp_path / "none")
-    assert ended.value.code == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "python download_data.py" in line
+def test_missing_data_is_one_line(fail, runs, arguments, tmp_path):
+    message = fail(figures, runs / "dann", "--out", tmp_path / "out", *arguments, "--data-dir", tmp_path / "none")
+    assert "python download_data.py" in message
 
 
 # --- what is kept in results/figures ----------------------------------------------------------------

@@ -8,11 +8,10 @@ import socket
 import numpy as np
 import pytest
 import torch
-from conftest import Killed, events_of, interrupt_after, kill, press_ctrl_c, records_of, settings, train
+from conftest import events_of, go_on, interrupted_run, kill, press_ctrl_c, records_of, settings
 from PIL import Image
 
 import main
-from utils.cli import Interrupted
 from watch.log import RunLog
 from watch.screen import epoch_line
 
@@ -30,13 +29,6 @@ def _own_names(monkeypatch):
     monkeypatch.setattr(socket, "gethostname", lambda: f"host{next(numbers):04d}")
 
 
-def curve(folder, tag):
-    return [(event.step, event.value) for event in events_of(folder).Scalars(tag)]
-
-
-# --- metrics.jsonl ----------------------------------------------------------------------------------
-
-
 def test_a_new_log_starts_empty_and_each_record_is_on_disk_at_once(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "of": "a run that failed"}\n')
     log = RunLog(tmp_path)
@@ -48,7 +40,6 @@ def test_a_new_log_starts_empty_and_each_record_is_on_disk_at_once(tmp_path):
 
 @pytest.mark.parametrize("third", ['{"epoch": 3, "start": "first"}\n', '{"epoch": 3, "p": 0.'])
 def test_a_resumed_log_drops_the_records_of_epochs_to_be_done_again(tmp_path, third):
-    """Also a line that was cut off."""
     kept = [{"epoch": epoch, "start": "first"} for epoch in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept) + third)
     log = RunLog(tmp_path, resume_step=20, resume_epochs=2)
@@ -56,9 +47,6 @@ def test_a_resumed_log_drops_the_records_of_epochs_to_be_done_again(tmp_path, th
     log.epoch({"epoch": 3, "start": "second"})
     log.close()
     assert records_of(tmp_path) == [*kept, {"epoch": 3, "start": "second"}]
-
-
-# --- TensorBoard ------------------------------------------------------------------------------------
 
 
 def test_resuming_drops_later_events_and_keeps_earlier_ones(tmp_path):
@@ -72,10 +60,11 @@ def test_resuming_drops_later_events_and_keeps_earlier_ones(tmp_path):
     for step in (5, 6, 7):
         log.scalars(step, {"train/loss_label": 200.0 + step})
     log.close()
-    kept = [(step, 100.0 + step) for step in range(5)]
-    assert curve(tmp_path, "train/loss_label") == [*kept, (5, 205.0), (6, 206.0), (7, 207.0)]
-    assert curve(tmp_path, "test/only_at_the_end") == []
-    assert [event.step for event in events_of(tmp_path).Images("images/source")] == [0]
+    events = events_of(tmp_path)
+    curve = [(event.step, event.value) for event in events.Scalars("train/loss_label")]
+    assert curve == [*((step, 100 + step) for step in range(5)), (5, 205), (6, 206), (7, 207)]
+    assert events.Scalars("test/only_at_the_end") == []
+    assert [event.step for event in events.Images("images/source")] == [0]
 
 
 def test_images_are_stretched_to_full_range(tmp_path):
@@ -85,33 +74,17 @@ def test_images_are_stretched_to_full_range(tmp_path):
     log.images("images/target", 0, x, columns=2)
     log.close()
     (event,) = events_of(tmp_path).Images("images/target")
-    picture = Image.open(io.BytesIO(event.encoded_image_string))
-    assert picture.size == (2 * 8 + 3 * 2, 8 + 2 * 2)  # two images, two pixels around each
-    pixels = torch.from_numpy(np.array(picture.convert("L"), dtype=np.float32))[2:10, 2:10]
-    expected = torch.linspace(0, 255, 64).view(8, 8)
-    assert (pixels - expected).abs().max() <= 1
+    pixels = np.array(Image.open(io.BytesIO(event.encoded_image_string)).convert("L"), dtype=np.float32)
+    assert pixels.shape == (8 + 2 * 2, 2 * 8 + 3 * 2)  # two images, two pixels around each
+    assert np.abs(pixels[2:10, 2:10] - np.linspace(0, 255, 64).reshape(8, 8)).max() <= 1
 
 
-# --- a whole run ------------------------------------------------------------------------------------
-
-
-def timeless(folder):
-    clock = ("seconds", "images_per_second")
-    return [{key: value for key, value in record.items() if key not in clock} for record in records_of(folder)]
-
-
-def assert_same_curves(folder, whole_run):
-    whole, resumed = events_of(whole_run), events_of(folder)
-    assert sorted(resumed.Tags()["scalars"]) == sorted(whole.Tags()["scalars"])
-    for tag in whole.Tags()["scalars"]:
-        expected, found = whole.Scalars(tag), resumed.Scalars(tag)
-        assert [event.step for event in found] == [event.step for event in expected], tag
-        if tag != "train/images_per_second":
-            assert [event.value for event in found] == [event.value for event in expected], tag
-    for tag in ("images/source", "images/target"):
-        assert [event.step for event in resumed.Images(tag)] == [0], tag
-    assert timeless(folder) == timeless(whole_run)
-    assert [record["epoch"] for record in timeless(folder)] == [1, 2, 3]
+def curves(folder):
+    """Of each curve its steps and values, but for values that depend on the clock; and steps of images."""
+    events = events_of(folder)
+    found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    found["train/images_per_second"] = [step for step, _ in found["train/images_per_second"]]
+    return found | {tag: [event.step for event in events.Images(tag)] for tag in ("images/source", "images/target")}
 
 
 @pytest.mark.parametrize(
@@ -124,31 +97,26 @@ def assert_same_curves(folder, whole_run):
     ],
 )
 def test_a_resumed_run_shows_the_same_curves(monkeypatch, whole_run, tiny_data, tmp_path, steps, interruption):
-    folder = tmp_path / "run"
+    folder, logs = tmp_path / "run", []
     monkeypatch.setattr("watch.watcher.LOG_EVERY_STEPS", 3)
-    with monkeypatch.context() as patch:
-        logs = []
-        patch.setattr("watch.watcher.RunLog", lambda *a: logs.append(RunLog(*a)) or logs[0])
-        interrupt_after(patch, main, "step", steps, interruption)
-        with pytest.raises((Killed, Interrupted)):
-            train(*settings(tiny_data), "--run-dir", folder)
+    monkeypatch.setattr("watch.watcher.RunLog", lambda *arguments: logs.append(RunLog(*arguments)) or logs[-1])
+    interrupted_run(main, "step", steps, interruption, *settings(tiny_data), "--run-dir", folder)
     if interruption is kill:
         logs[0].close()  # so that what the killed run logged is on disk, as it may be
+    expected = curves(whole_run)
+    assert expected["images/source"] == expected["images/target"] == [0]
     for _ in range(2):  # the second time it is finished, and nothing is taken away
-        train("--resume", folder, "--data-dir", tiny_data, "--device", "cpu")
-        assert_same_curves(folder, whole_run)
-
-
-# --- the screen -------------------------------------------------------------------------------------
+        go_on(folder, tiny_data)
+        assert curves(folder) == expected
+        assert [record["epoch"] for record in records_of(folder)] == [1, 2, 3]
 
 
 def test_the_lines_of_epochs_are_aligned():
     later = RECORD | {"epoch": 12, "p": 1.0, "source_accuracy": 1.0, "domain_accuracy": 1.0, "target_accuracy": 0.0}
-    lines = [epoch_line(record, 100, 8.4) for record in (RECORD, later)]
-    assert lines[0].startswith("epoch   1/100  p 0.100  lambda 0.462  lr 0.0100 | label 2.300  domain 1.386")
-    bars = [[i for i, letter in enumerate(line) if letter == "|"] for line in lines]
-    assert bars[0] == bars[1]
-    assert "100.00%" in lines[1]
+    first, second = (epoch_line(record, 100, 8.4) for record in (RECORD, later))
+    assert first.startswith("epoch   1/100  p 0.100  lambda 0.462  lr 0.0100 | label 2.300  domain 1.386")
+    assert [len(part) for part in first.split("|")[:-1]] == [len(part) for part in second.split("|")[:-1]]
+    assert "100.00%" in second
 
 
 def test_a_run_without_domain_loss_says_nothing_of_it():

@@ -14,14 +14,11 @@ from utils.files import checksum
 CPU, CUDA, MPS = map(torch.device, ("cpu", "cuda", "mps"))
 
 
-@pytest.mark.parametrize(
-    ("cuda", "mps", "chosen"),
-    [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
-)
-def test_auto_takes_the_fastest_device_there_is(monkeypatch, cuda, mps, chosen):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert machine.choose_device("auto").type == chosen
+def test_auto_takes_the_fastest_device_there_is(monkeypatch):
+    for cuda, mps, chosen in ((1, 1, "cuda"), (1, 0, "cuda"), (0, 1, "mps"), (0, 0, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: bool(cuda))
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: bool(mps))
+        assert machine.choose_device("auto").type == chosen
 
 
 def test_mps_trains_in_fp32():
@@ -33,18 +30,15 @@ def test_mps_trains_in_fp32():
     assert "MPS" in machine.describe(MPS)
 
 
-@pytest.mark.parametrize(("capability", "precision"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
-def test_cuda_trains_in_bf16_where_the_hardware_has_it(monkeypatch, capability, precision):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert machine.choose_precision("auto", CUDA) == precision
-    assert machine.choose_precision("fp32", CUDA) == "fp32"
-
-
-@pytest.mark.parametrize("instructions", [True, False])
-def test_cpu_trains_in_bf16_where_it_has_the_instructions(monkeypatch, instructions):
-    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, probe, lambda: instructions, raising=False)
-    assert machine.choose_precision("auto", CPU) == ("bf16" if instructions else "fp32")
+def test_cuda_and_cpu_train_in_bf16_where_the_hardware_has_it(monkeypatch):
+    for capability, precision in (((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert machine.choose_precision("auto", CUDA) == precision
+        assert machine.choose_precision("fp32", CUDA) == "fp32"
+    for instructions, precision in ((True, "bf16"), (False, "fp32")):
+        for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, probe, lambda found=instructions: found, raising=False)
+        assert machine.choose_precision("auto", CPU) == precision
 
 
 def test_cuda_gets_tf32_and_the_fastest_convolutions_and_the_cpu_is_left_alone():

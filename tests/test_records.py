@@ -14,24 +14,21 @@ from watch.screen import counted
 from watch.watcher import Watcher, has_collapsed
 
 
+def entropy(shares) -> float:
+    return -sum(share * math.log(share) for share in shares)
+
+
 def test_signals_of_predictions_that_are_known():
-    certain = torch.eye(10)[torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9])]
-    signals = label_free_signals(certain)
-    shares = [1 / 12] * 9 + [3 / 12]
-    assert signals["entropy"] == 0
-    assert signals["diversity"] == pytest.approx(-sum(share * math.log(share) for share in shares))
-    assert signals["smallest_class_share"] == pytest.approx(1 / 12)
-
+    certain = label_free_signals(torch.eye(10)[torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9])])
+    expected = {"entropy": 0, "diversity": entropy([1 / 12] * 9 + [3 / 12]), "smallest_class_share": 1 / 12}
+    assert certain == pytest.approx(expected)
     unsure = label_free_signals(torch.full((5, 10), 0.1))
-    assert unsure["entropy"] == pytest.approx(math.log(10), rel=1e-5)
-    assert unsure["diversity"] == pytest.approx(math.log(10), rel=1e-5)
-
+    assert (unsure["entropy"], unsure["diversity"]) == pytest.approx((math.log(10), math.log(10)), rel=1e-5)
     collapsed = label_free_signals(torch.eye(10)[torch.zeros(7, dtype=torch.long)])
     assert collapsed == {"entropy": 0, "diversity": 0, "smallest_class_share": 0}
-
-    two = torch.tensor([[0.9, 0.1], [0.4, 0.6]])
-    entropies = [-sum(q * math.log(q) for q in row) for row in two.tolist()]
-    assert label_free_signals(two)["entropy"] == pytest.approx(sum(entropies) / 2, rel=1e-5)
+    two = [[0.9, 0.1], [0.4, 0.6]]
+    mean = (entropy(two[0]) + entropy(two[1])) / 2
+    assert label_free_signals(torch.tensor(two))["entropy"] == pytest.approx(mean, rel=1e-5)
 
 
 def test_seconds_are_those_of_the_first_epoch_that_was_there(tmp_path):
@@ -42,8 +39,8 @@ def test_seconds_are_those_of_the_first_epoch_that_was_there(tmp_path):
     assert seconds_to(metrics) == {"90": 20.0, "95": 40.0, "98": None}
 
 
-@pytest.mark.parametrize("method", ["dann", "source-only"])
-def test_a_lost_class_is_announced_once_the_source_is_learnt(monkeypatch, capsys, tiny_data, tmp_path, method):
+@pytest.mark.parametrize(("method", "epochs"), [("dann", (2, 3)), ("source-only", ())])
+def test_a_lost_class_is_announced_once_the_source_is_learnt(monkeypatch, capsys, tiny_data, tmp_path, method, epochs):
     """Not after a first epoch at chance, nor in a run without reversal; in the log and on the screen."""
     lost = torch.full((50, 10), 0.01)
     lost[torch.arange(50), torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 9, 9] * 5)] = 0.91  # never 7
@@ -52,25 +49,20 @@ def test_a_lost_class_is_announced_once_the_source_is_learnt(monkeypatch, capsys
     monkeypatch.setattr(Run, "end_epoch", lambda run: end_epoch(run) | ({"loss_label": 1.1} if run.epoch > 1 else {}))
     train(*settings(tiny_data), "--method", method, "--run-dir", tmp_path)
     said = [line for line in capsys.readouterr().err.splitlines() if "collapse" in line]
+    assert len(said) == len(epochs)
+    assert all(f"epoch {epoch}:" in line and "0.0%" in line for epoch, line in zip(epochs, said, strict=True))
     texts = {tag for tag in events_of(tmp_path).Tags()["tensors"] if tag.startswith("collapse")}
-    epochs = (2, 3) if method == "dann" else ()
-    assert [f"epoch {epoch}:" in line and "0.0%" in line for epoch, line in zip(epochs, said, strict=True)] == [
-        True for _ in epochs
-    ]
     assert texts == {f"collapse/epoch_{epoch}/text_summary" for epoch in epochs}
     assert [record["smallest_class_share"] for record in records_of(tmp_path)] == [0, 0, 0]
     assert records_of(tmp_path)[0]["loss_label"] > 2, "the first epoch was at chance"
 
 
-@pytest.mark.parametrize(
-    ("loss_label", "share", "collapsed"),
-    [(2.3, 0.0, False), (1.2, 0.0, False), (1.1, 0.0, True), (1.1, 0.0099, True), (1.1, 0.011, False)],
-)
-def test_what_a_collapse_is(loss_label, share, collapsed):
+def test_what_a_collapse_is():
     """Half of ln 10 = 2.303 is 1.151."""
-    record = {"loss_label": loss_label, "smallest_class_share": share}
-    assert has_collapsed(record | {"loss_domain": 1.4}) is collapsed
-    assert has_collapsed(record) is False
+    for loss, share, collapsed in ((1.2, 0.0, False), (1.1, 0.0, True), (1.1, 0.0099, True), (1.1, 0.011, False)):
+        record = {"loss_label": loss, "smallest_class_share": share}
+        assert has_collapsed(record | {"loss_domain": 1.4}) is collapsed
+        assert has_collapsed(record) is False
 
 
 def test_seconds_are_taken_when_the_device_is_done(monkeypatch):

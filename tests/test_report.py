@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 
 from tools import ablation, report
 from tools.report_ablation import ablation_report
 from utils.cli import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 PLAIN = {"network": "system-a", "lr": 0.01}
 Record = dict[str, Any]
 
@@ -78,32 +78,29 @@ def test_means_deviations_bounds_and_gain(tmp_path):
     assert list(readme(tmp_path, *records[:3])[0].values()).count("not run") == 2
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"epochs": 100}, {"recipe": "paper"}, {"precision": "fp32"}, {"device": "cuda"}, {"target_mark": "MNIST, 500"},
-     {"config": PLAIN | {"lr": 0.02}}, {"config": PLAIN | {"warp": 0.2}}],
-)  # fmt: skip
-def test_different_settings_are_never_averaged(tmp_path, change):
-    records = runs(7000, 7100, 7300)
-    records[2] |= change
-    assert sorted(row["Target test, %"][-7:] for row in docs(tmp_path, *records)) == ["(n = 1)", "(n = 2)"]
-    assert readme(tmp_path, *records) == [], "too few of each"
-
-
-def test_records_of_other_shapes_share_a_row(tmp_path):
+def test_runs_share_a_row_when_their_settings_are_alike(tmp_path):
+    others = [{"epochs": 100}, {"recipe": "paper"}, {"precision": "fp32"}, {"device": "cuda"}]
+    others += [{"target_mark": "MNIST, 500"}, {"config": PLAIN | {"lr": 0.02}}, {"config": PLAIN | {"warp": 0.2}}]
+    for change in others:
+        records = [*runs(7000, 7100), result(7300, seed=2, **change)]
+        assert {row["Target test, %"][-7:] for row in docs(tmp_path, *records)} == {"(n = 1)", "(n = 2)"}
+        assert readme(tmp_path, *records) == [], "too few of each"
     without, teacher = {"balance_classes": False, "warp": 0.0, "seed": 1}, {"warp": 0.2, "confidence": 0.5}
     for first, second in ((PLAIN, PLAIN | without | {"modern": None}), (PLAIN | teacher, PLAIN | {"modern": teacher})):
         assert len(docs(tmp_path, result(config=first), result(seed=1, config=second))) == 1
 
 
 def test_a_bound_may_differ_in_adaptation_and_precision_alone(tmp_path):
-    adapted = runs(8000, 8000, 8000, config=PLAIN | {"lambda_max": 0.5, "modern": {"warp": 0.2}})
-    bound = result(7100, method="source-only", precision="fp32", config=PLAIN | {"lambda_max": 1.0})
-    assert readme(tmp_path, *adapted, bound)[0]["Source only"] == "71.00 (n = 1)"
-    same = result(7200, method="source-only")
-    assert readme(tmp_path, *adapted, bound, same)[0]["Source only"] == "72.00 (n = 1)"
-    for change in ({"config": PLAIN | {"modern": {"teacher_decay": 0.9}}}, {"epochs": 3}, {"recipe": "paper"}):
-        assert readme(tmp_path, *adapted, bound | change)[0]["Source only"] == "not run"
+    adapted = runs(8000, 8000, 8000, precision="fp32", config=PLAIN | {"lambda_max": 0.5, "modern": {"warp": 0.2}})
+    bound = result(7100, method="source-only", config=PLAIN | {"lambda_max": 1.0})
+    for bounds, expected in (
+        ([bound], "71.00 (n = 1)"),
+        ([bound, result(7200, method="source-only", precision="fp32")], "72.00 (n = 1)"),
+        ([bound | {"config": PLAIN | {"modern": {"teacher_decay": 0.9}}}], "not run"),
+        ([bound | {"epochs": 3}], "not run"),
+        ([bound | {"recipe": "paper"}], "not run"),
+    ):
+        assert readme(tmp_path, *adapted, *bounds)[0]["Source only"] == expected
 
 
 def test_names_of_rows_follow_from_the_data(tmp_path):
@@ -148,10 +145,10 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("record", "message"), [*BROKEN, (result(6000), "of another line")])
-def test_a_broken_record_is_named(tmp_path, record, message):
-    with pytest.raises(UserError, match=rf"svhn-mnist\.jsonl line [12].*{message}"):
-        report.read_results(write(tmp_path, [result(), record]))
+def test_a_broken_record_is_named(tmp_path):
+    for record, message in [*BROKEN, (result(6000), "of another line")]:
+        with pytest.raises(UserError, match=rf"svhn-mnist\.jsonl line [12].*{message}"):
+            report.read_results(write(tmp_path, [result(), record]))
     (tmp_path / "svhn-mnist.jsonl").write_text("{\n")
     with pytest.raises(UserError, match=r"svhn-mnist\.jsonl line 1 is not JSON"):
         report.read_results(tmp_path)

@@ -38,9 +38,9 @@ def imports(tree: ast.AST) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative"
             inside = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= inside & FILES.keys() or {node.module}
-            assert node.level == 0, "relative"
     return {name for name in found if name in FILES or room(name) in FOLDERS}
 
 
@@ -55,8 +55,7 @@ def test_a_module_imports_what_its_room_may_and_leaves_the_path_alone(name):
 
 def test_every_room_is_known():
     """A new folder with Python in it gets a rule, and the search finds imports."""
-    folders = {path.parent.name for path in ROOT.glob("*/*.py")}
-    assert folders <= set(FOLDERS)
+    assert {path.parent.name for path in ROOT.glob("*/*.py")} <= set(FOLDERS)
     assert {room(name) for name in FILES} == {*ALLOWED, "tools", "tests"}
     assert {"data_loader", "model", "valid", "utils.machine", "watch.watcher"} <= imports(TREES["main"])
 
@@ -82,11 +81,8 @@ for name in {names!r}:
 def test_modules_can_be_imported_without_anything_happening(tmp_path):
     names = sorted(name for name in FILES if room(name) != "tests")
     program = IMPORT_ALL.format(names=names, folders=(str(ROOT), str(tmp_path)))
+    command = [sys.executable, "-B", "-c", program, "--nonsense"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-B", "-c", program, "--nonsense"], cwd=tmp_path, env=environment, capture_output=True,
-        text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout + done.stderr == ""
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())

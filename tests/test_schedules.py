@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 from conftest import records_of, train
@@ -16,30 +17,40 @@ from methods.schedules import (
     time_decay_rate,
 )
 
-
-@pytest.mark.parametrize(("p", "expected"), [(0.0, 0.0), (0.1, 0.4621171573), (0.5, 0.9866142982), (1.0, 0.9999092043)])
-def test_adaptation_factor(p, expected):
-    assert adaptation_factor(p) == pytest.approx(expected, abs=1e-10)
+RISING = dataclasses.replace(recipe_config("dann"), lambda_max=0.3)
+FALLING = dataclasses.replace(RISING, lambda_schedule="rise-and-fall")
+VALUES = {  # of p, or of the step
+    "adaptation": (adaptation_factor, {0.0: 0.0, 0.1: 0.4621171573, 0.5: 0.9866142982, 1.0: 0.9999092043}),
     # 2 / (1 + exp(−x)) − 1 is the hyperbolic tangent of x / 2.
-    assert adaptation_factor(p, gamma=3.0) == pytest.approx(math.tanh(3.0 * p / 2), abs=1e-12)
+    "gamma": (partial(adaptation_factor, gamma=3.0), {0.1: math.tanh(0.15), 1.0: math.tanh(1.5)}),
+    "rising": (partial(reversal_weight, RISING), {0.5: 0.3 * math.tanh(2.5), 1.0: 0.3 * math.tanh(5.0)}),
+    "falling": (
+        partial(reversal_weight, FALLING),
+        {
+            0.0: 0.0,
+            0.25: 0.3 * math.tanh(1.25) * (2 + math.sqrt(2)) / 4,
+            0.5: 0.3 * math.tanh(2.5) / 2,
+            2 / 3: 0.3 * math.tanh(10 / 3) / 4,
+            1.0: 0.0,
+        },
+    ),
+    "annealed": (annealed_rate, {0.0: 0.01, 0.1: 0.0059460356, 0.5: 0.0026084743, 1.0: 0.0016556002}),
+    # To the power of 3/4 by square roots alone.
+    "alpha": (partial(annealed_rate, mu_0=0.3, alpha=4.0), {0.5: 0.3 / math.sqrt(3) / math.sqrt(math.sqrt(3))}),
+    "beta": (partial(annealed_rate, mu_0=0.3, alpha=4.0, beta=2.0), {0.0: 0.3, 0.5: 0.3 / 9}),
+    # Up to p = 0.1 a line, then half a cosine: a quarter of the way is 45°, half 90°, two thirds 120°.
+    "cosine": (
+        partial(cosine_rate, mu_0=2.0),
+        {0.0: 0.0, 0.05: 1.0, 0.1: 2.0, 0.325: 1 + math.sqrt(0.5), 0.55: 1.0, 0.7: 0.5, 1.0: 0.0},
+    ),
+    "decay": (partial(time_decay_rate, mu_0=1.0, decay=1e-5), {0: 1.0, 1: 1 / 1.00001, 100_000: 0.5, 300_000: 0.25}),
+}
 
 
-@pytest.mark.parametrize(
-    ("schedule", "p", "expected"),
-    [
-        ("rising", 0.0, 0.0),
-        ("rising", 0.5, 0.3 * math.tanh(2.5)),
-        ("rising", 1.0, 0.3 * math.tanh(5.0)),
-        ("rise-and-fall", 0.0, 0.0),
-        ("rise-and-fall", 0.25, 0.3 * math.tanh(1.25) * (2 + math.sqrt(2)) / 4),
-        ("rise-and-fall", 0.5, 0.3 * math.tanh(2.5) / 2),
-        ("rise-and-fall", 2 / 3, 0.3 * math.tanh(10 / 3) / 4),
-        ("rise-and-fall", 1.0, 0.0),
-    ],
-)
-def test_reversal_weight(schedule, p, expected):
-    config = dataclasses.replace(recipe_config("dann"), lambda_max=0.3, lambda_schedule=schedule)
-    assert reversal_weight(config, p) == pytest.approx(expected, abs=1e-12)
+@pytest.mark.parametrize("name", VALUES)
+def test_values_worked_out_by_hand(name):
+    function, values = VALUES[name]
+    assert {p: function(p) for p in values} == pytest.approx(values, rel=1e-10, abs=1e-10)
 
 
 @pytest.mark.parametrize("epochs", [2, 7, 100])
@@ -59,39 +70,13 @@ def test_records_hold_the_reversal_weight_of_their_epochs_steps(tiny_data, tmp_p
     assert [record["p"] for record in records] == [0, 0.5, 1]  # which is at the end
 
 
-@pytest.mark.parametrize(
-    ("p", "expected"), [(0.0, 0.01), (0.1, 0.0059460356), (0.5, 0.0026084743), (1.0, 0.0016556002)]
-)
-def test_annealed_rate(p, expected):
-    assert annealed_rate(p) == pytest.approx(expected, abs=1e-10)
-    fall = 1 + 4 * p  # to the power of 3/4, by square roots alone
-    assert annealed_rate(p, 0.3, alpha=4.0) == pytest.approx(0.3 / (math.sqrt(fall) * math.sqrt(math.sqrt(fall))))
-    assert annealed_rate(p, 0.3, alpha=4.0, beta=2.0) == pytest.approx(0.3 / (fall * fall))
-
-
-@pytest.mark.parametrize(
-    ("p", "share"),
-    [(0.0, 0.0), (0.05, 0.5), (0.1, 1.0), (0.325, (1 + math.sqrt(0.5)) / 2), (0.55, 0.5), (0.7, 0.25), (1.0, 0.0)],
-)
-def test_cosine_rate(p, share):
-    """Up to p = 0.1 a line, then half a cosine: a quarter of the way is 45°, half 90°, two thirds 120°."""
-    assert cosine_rate(p, 0.02) == pytest.approx(0.02 * share, abs=1e-12)
-
-
-@pytest.mark.parametrize(("step", "expected"), [(0, 1e-3), (1, 1e-3 / 1.00001), (100_000, 5e-4), (300_000, 2.5e-4)])
-def test_time_decay_rate(step, expected):
-    assert time_decay_rate(step, 1e-3, 1e-5) == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ("constant", 0.4),
-        ("annealed", 0.4 / 4**0.75),  # 1 + 10 · 0.3
-        ("cosine", 0.4 * (1 + math.cos(math.pi * 2 / 9)) / 2),  # (0.3 − 0.1) / 0.9
-        ("time-decay", 0.4 / 2.4),  # 1 + 0.02 · 70
-    ],
-)
-def test_learning_rate_uses_the_settings(schedule, expected):
-    config = dataclasses.replace(recipe_config("dann"), lr=0.4, lr_schedule=schedule, lr_decay=0.02)
-    assert learning_rate(config, 0.3, 70) == pytest.approx(expected, rel=1e-12)
+def test_learning_rate_uses_the_settings():
+    expected = {
+        "constant": 0.4,
+        "annealed": 0.4 / 4**0.75,  # 1 + 10 · 0.3
+        "cosine": 0.4 * (1 + math.cos(math.pi * 2 / 9)) / 2,  # (0.3 − 0.1) / 0.9
+        "time-decay": 0.4 / 2.4,  # 1 + 0.02 · 70
+    }
+    for schedule, rate in expected.items():
+        config = dataclasses.replace(recipe_config("dann"), lr=0.4, lr_schedule=schedule, lr_decay=0.02)
+        assert learning_rate(config, 0.3, 70) == pytest.approx(rate, rel=1e-12), schedule

@@ -12,8 +12,7 @@ import threading
 
 import pytest
 import torch
-from conftest import ROOT, run_as_process, train
-from safetensors.torch import load_file
+from conftest import ROOT, result_of, run_as_process, state_of, train, weights_of
 from torch import nn
 
 import download_data
@@ -52,21 +51,14 @@ def images():
     return squares.repeat_interleave(5, 2).repeat_interleave(5, 3)
 
 
-@pytest.fixture
-def labels():
-    return torch.randint(0, 10, (23,), generator=torch.Generator().manual_seed(2))
-
-
-# --- evaluation -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("count", [1, 10, 11, 23])
-def test_counts_are_those_of_a_plain_loop(monkeypatch, classifier, images, labels, count):
+def test_counts_are_those_of_a_plain_loop(monkeypatch, classifier, images, count):
     """Rows the true digit, columns the predicted one, every image once, also those of the last and shorter batch."""
+    labels = torch.randint(0, 10, (count,), generator=torch.Generator().manual_seed(2))
     network, predicted = classifier.model.eval(), []
     confusion = [[0] * 10 for _ in range(10)]
     with torch.no_grad():
-        for image, label in zip(images[:count], labels[:count].tolist(), strict=True):
+        for image, label in zip(images[:count], labels.tolist(), strict=True):
             predicted.append(network(PER_IMAGE(image[None])).argmax().item())
             confusion[label][predicted[-1]] += 1
     correct = sum(confusion[digit][digit] for digit in range(10))
@@ -75,8 +67,7 @@ def test_counts_are_those_of_a_plain_loop(monkeypatch, classifier, images, label
         assert len(set(predicted)) > 1, "a network of one answer"
 
     monkeypatch.setattr("methods.classifier.BATCH", 10)
-    digits = DigitSet("mnist", "test", images[:count], labels[:count], "MNIST", {})
-    found = valid.evaluate(classifier, digits)
+    found = valid.evaluate(classifier, DigitSet("mnist", "test", images[:count], labels, "MNIST", {}))
     assert (found.confusion.tolist(), found.confusion.dtype) == (confusion, torch.int64)
     assert found.predicted.tolist() == predicted
     assert (found.correct, found.total, found.accuracy) == (correct, count, correct / count)
@@ -89,40 +80,29 @@ def test_probabilities_are_a_softmax_and_testing_changes_nothing(monkeypatch, cl
     with torch.no_grad():
         expected = network(PER_IMAGE(images)).exp()
         expected /= expected.sum(1, keepdim=True)
-    before = {key: value.clone() for key, value in network.state_dict().items()}
+    before, rng = {key: value.clone() for key, value in network.state_dict().items()}, torch.get_rng_state()
     for mode in (True, False):
         network.train(mode)
-        rng = torch.get_rng_state()
         found = classifier.probabilities(images)
         assert (found.dtype, found.requires_grad) == (torch.float32, False)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-        assert torch.equal(torch.get_rng_state(), rng)
         assert all(module.training == mode for module in network.modules())
-        after = network.state_dict()
-        assert all(torch.equal(before[key], after[key]) for key in before)
+        torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), rng)
 
-
-def test_probabilities_are_float32_after_bf16(classifier, images):
-    found = dataclasses.replace(classifier, precision="bf16").probabilities(images)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.sum(1), torch.ones(23), rtol=0, atol=1e-5)
-    exact = classifier.probabilities(images)
-    assert not torch.equal(found, exact), "autocast did nothing"
-    torch.testing.assert_close(found, exact, rtol=0, atol=0.25)
+    rough = dataclasses.replace(classifier, precision="bf16").probabilities(images)
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough.sum(1), torch.ones(23), rtol=0, atol=1e-5)
+    assert not torch.equal(rough, found), "autocast did nothing"
+    torch.testing.assert_close(rough, found, rtol=0, atol=0.25)
 
 
 def test_confusion_on_screen():
-    confusion = torch.zeros(10, 10, dtype=torch.int64)
-    confusion[3, 8], confusion[0, 0] = 12345, 7
-    lines = valid.confusion_table(confusion, tuple("0123456789")).splitlines()
-    assert len(lines) == 11
+    counts = (torch.arange(100).view(10, 10) * 125).tolist()  # of up to five digits
+    lines = valid.confusion_table(torch.tensor(counts), tuple("0123456789")).splitlines()
     assert lines[0].split()[-10:] == list("0123456789")
-    assert lines[4].split() == ["3", *["0"] * 8, "12345", "0"]
-    assert lines[1].split() == ["0", "7", *["0"] * 9]
+    assert [list(map(int, line.split())) for line in lines[1:]] == [[i, *row] for i, row in enumerate(counts)]
     assert len({len(line) for line in lines}) == 1
-
-
-# --- weights of a run -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -153,12 +133,11 @@ def validate(monkeypatch, capsys, shelf, tiny_data):
     """Run valid.py in this process; returns what its last line says, and its lines for people."""
 
     def run(*arguments):
-        data = () if "--data-dir" in arguments else ("--data-dir", tiny_data)
-        monkeypatch.setattr(sys, "argv", ["valid.py", *map(str, (*arguments, *data))])
+        monkeypatch.setattr(sys, "argv", ["valid.py", "--data-dir", str(tiny_data), *map(str, arguments)])
         capsys.readouterr()
         valid.main()
-        lines = capsys.readouterr().out.splitlines()
-        return json.loads(lines[-1]), lines[:-1]
+        *lines, last = capsys.readouterr().out.splitlines()
+        return json.loads(last), lines
 
     return run
 
@@ -168,7 +147,7 @@ def counts_of(found):
 
 
 def expected_counts(run):
-    result = json.loads((run / "result.json").read_text())
+    result = result_of(run)
     assert (result["source_total"], result["target_total"]) == (23, 37)
     return {result[side]: (result[f"{side}_correct"], result[f"{side}_total"]) for side in ("source", "target")}
 
@@ -191,10 +170,9 @@ def test_the_checkpoint_of_a_run_with_a_teacher_gives_the_teacher(validate, tiny
     train(*settings, "--data-dir", tiny_data, "--run-dir", folder, "--device", "cpu", "--no-download")
     for file in ("last.pt", "model.safetensors"):
         assert counts_of(validate("--weights", folder / file)[0]) == expected_counts(folder)
-    student = torch.load(folder / "last.pt", weights_only=True)["model"]
-    kept, found = load_file(folder / "model.safetensors"), load_weights(folder / "last.pt")[0]
-    assert found.keys() == kept.keys() == student.keys()
-    assert all(torch.equal(found[key], kept[key]) for key in kept)
+    student, kept = state_of(folder)["model"], weights_of(folder)
+    torch.testing.assert_close(load_weights(folder / "last.pt")[0], kept, rtol=0, atol=0)
+    assert student.keys() == kept.keys()
     assert any(not torch.equal(student[key], kept[key]) for key in kept)
 
 
@@ -203,9 +181,8 @@ def test_the_file_tells_how_images_are_prepared(quick_run):
     assert classifier.preprocess == Preprocessing(32, "per-image", (0.0, 0.0, 0.0))
     assert (classifier.source, classifier.target, classifier.classes) == ("svhn", "mnist", tuple("0123456789"))
     assert not classifier.model.training
-    weights = classifier.model.state_dict()
     saved, about = load_weights(quick_run / "model.safetensors")
-    assert all(torch.equal(weights[key], saved[key]) for key in weights)
+    torch.testing.assert_close(classifier.model.state_dict(), saved, rtol=0, atol=0)
     assert about["precision"] in ("fp32", "bf16"), "the precision used, not `auto`"
     modes = {(quick_run / name).stat().st_mode for name in ("model.safetensors", "result.json")}
     assert len(modes) == 1, "who may read a run may read its weights"
@@ -214,15 +191,11 @@ def test_the_file_tells_how_images_are_prepared(quick_run):
 @pytest.mark.parametrize("network", NETWORKS)
 def test_weights_fit_whatever_dropout_they_were_trained_with(network):
     with torch.device("meta"):
-        shapes = [
-            {name: value.shape for name, value in build_network(network, dropout).state_dict().items()}
-            for dropout in (0.0, 0.5)
-        ]
-    assert shapes[0] == shapes[1]
+        without, dropping = (build_network(network, dropout) for dropout in (0.0, 0.5))
+    without.load_state_dict(dropping.state_dict(), assign=True)  # an error names what does not fit
 
 
 def test_weights_need_no_more_beside_them_than_their_use(validate, quick_run, tmp_path):
-    """Whatever else is recorded of their training, by whatever version."""
     weights, about = load_weights(quick_run / "model.safetensors")
     about = {**about, "preprocessing": dict(about["preprocessing"]), "training": {"a_setting_of_tomorrow": [1]}}
     assert about.keys() == usage("quick", PER_IMAGE, "svhn", "mnist", "fp32", {}).keys()
@@ -231,50 +204,34 @@ def test_weights_need_no_more_beside_them_than_their_use(validate, quick_run, tm
     assert load_classifier(str(tmp_path / "bare.safetensors"), CPU).training == about["training"]
 
 
-# --- weights by name --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("arguments", [(), ("--weights", "numerals")])
-def test_weights_that_come_with_the_code(validate, quick_run, shelf, arguments):
-    shutil.copy(quick_run / "model.safetensors", shelf / "digits.safetensors")
-    write_index(shelf, "digits.safetensors", sha256_of(shelf / "digits.safetensors"), None)
-    found, _ = validate(*arguments)
-    assert found["weights"] == "numerals"
-    assert counts_of(found) == expected_counts(quick_run)
-
-
-def test_weights_in_the_cache_of_torch_hub(validate, fail, quick_run, shelf, tmp_path):
-    cached = tmp_path / "torch" / "hub" / "checkpoints" / "digits.safetensors"
-    cached.parent.mkdir(parents=True)
-    shutil.copy(quick_run / "model.safetensors", cached)
-    write_index(shelf, cached.name, sha256_of(cached), UNREACHABLE)
-    assert counts_of(validate("--no-download")[0]) == expected_counts(quick_run)
-    cached.write_bytes(cached.read_bytes()[:-1] + b"!")
-    assert "--no-download" in fail(valid, "--no-download")
-    assert "127.0.0.1:9" in fail(valid)
-
-
-def test_a_damaged_or_missing_file_that_came_with_the_code(fail, quick_run, shelf):
-    file = shelf / "digits.safetensors"
-    shutil.copy(quick_run / "model.safetensors", file)
-    write_index(shelf, file.name, sha256_of(file), None)
-    damaged = bytearray(file.read_bytes())
-    damaged[-5] ^= 1  # one bit of one weight: safetensors itself would not notice
-    file.write_bytes(damaged)
-    for word in ("damaged", "missing"):
-        message = fail(valid)
-        assert str(file) in message
-        assert word in message
-        assert f"git checkout {file}" in message
+@pytest.mark.parametrize(
+    ("folder", "url"),
+    [("pretrained", None), ("torch/hub/checkpoints", UNREACHABLE)],
+    ids=["come with the code", "in the cache of torch hub"],
+)
+def test_weights_at_hand_are_verified(validate, fail, quick_run, shelf, tmp_path, folder, url):
+    file, content = tmp_path / folder / "digits.safetensors", bytearray((quick_run / "model.safetensors").read_bytes())
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
+    write_index(shelf, file.name, sha256_of(file), url)
+    for words in ((), ("--weights", "numerals")):
+        found, _ = validate(*words, "--no-download")
+        assert found["weights"] == "numerals"
+        assert counts_of(found) == expected_counts(quick_run)
+    content[-5] ^= 1  # one bit of one weight: safetensors itself would not notice
+    file.write_bytes(content)
+    for fault in ("damaged", "missing"):
+        if url is None:
+            assert re.search(rf"{file} .*{fault}.*git checkout {file}", fail(valid))
+        else:
+            assert "--no-download" in fail(valid, "--no-download")
+            assert "127.0.0.1:9" in fail(valid)
         file.unlink(missing_ok=True)
 
 
 def test_names_and_folders_without_weights(fail, shelf, tmp_path):
-    message = fail(valid, "--weights", "letters")
-    assert "letters" in message
-    assert "numerals" in message, "it names those there are"
-    (tmp_path / "empty").mkdir()
-    assert str(tmp_path / "empty" / "model.safetensors") in fail(valid, "--weights", tmp_path / "empty")
+    assert re.search("letters.*numerals", fail(valid, "--weights", "letters")), "it names those there are"
+    assert str(tmp_path / "model.safetensors") in fail(valid, "--weights", tmp_path)
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"default": "digits", "weights": {}}', '{"weights": {}}'])
@@ -282,12 +239,7 @@ def test_a_damaged_index(fail, shelf, text):
     (shelf / "index.json").unlink()
     if text is not None:
         (shelf / "index.json").write_text(text)
-    message = fail(valid)
-    assert str(shelf / "index.json") in message
-    assert "git checkout" in message
-
-
-# --- weights by URL ---------------------------------------------------------------------------------
+    assert re.search(f"{shelf / 'index.json'}.*git checkout", fail(valid))
 
 
 @pytest.fixture
@@ -309,26 +261,22 @@ def site(quick_run):
         server.shutdown()
 
 
-@pytest.mark.parametrize("upper", [False, True])
-def test_weights_by_url_are_fetched_once(validate, quick_run, site, upper):
-    url = f"{site.url}#sha256={site.sha256.upper() if upper else site.sha256}"
-    for arguments in ((), ("--no-download",)):
-        found, _ = validate("--weights", url, *arguments)
-        assert found["weights"] == url
+@pytest.mark.parametrize("named_by", ["URL", "URL in capitals", "index"])
+def test_weights_are_fetched_once(validate, fail, quick_run, shelf, site, tmp_path, named_by):
+    write_index(shelf, "model.safetensors", site.sha256, site.url)
+    name, words = "numerals", ()
+    if named_by != "index":
+        name = f"{site.url}#sha256={site.sha256.upper() if 'capitals' in named_by else site.sha256}"
+        words = ("--weights", name)
+    assert "--no-download" in fail(valid, *words, "--no-download")
+    assert site.paths == []
+    for more in ((), ("--no-download",)):
+        found, _ = validate(*words, *more)
+        assert found["weights"] == name
         assert counts_of(found) == expected_counts(quick_run)
     assert site.paths == ["/model.safetensors"]
-
-
-def test_weights_of_the_index_by_url(validate, fail, quick_run, shelf, site, tmp_path):
-    write_index(shelf, "model.safetensors", site.sha256, site.url)
-    assert "--no-download" in fail(valid, "--no-download")
-    assert site.paths == []
-    for arguments in ((), ("--no-download",)):
-        assert counts_of(validate(*arguments)[0]) == expected_counts(quick_run)
-    assert len(site.paths) == 1
-    assert [path.read_bytes() for path in (tmp_path / "torch").rglob("*.safetensors")] == [
-        (quick_run / "model.safetensors").read_bytes()
-    ]
+    (kept,) = (path for path in (tmp_path / "torch").rglob("*") if path.is_file())
+    assert kept.read_bytes() == (quick_run / "model.safetensors").read_bytes()
 
 
 def test_a_url_without_the_right_checksum_leaves_nothing(fail, shelf, site, tmp_path):
@@ -340,19 +288,15 @@ def test_a_url_without_the_right_checksum_leaves_nothing(fail, shelf, site, tmp_
     assert not [path for path in (tmp_path / "torch").rglob("*") if path.is_file()]
 
 
-def test_a_url_without_a_file(fail, shelf):
-    assert "127.0.0.1:9" in fail(valid, "--weights", f"http://127.0.0.1:9/#sha256={'0' * 64}")
-
-
-# --- test sets --------------------------------------------------------------------------------------
-
-
-def test_named_domains_in_their_order(validate, quick_run):
-    found, _ = validate("--weights", quick_run, "--domains", "usps", "mnist", "usps")
+def test_named_domains_in_their_order_and_confusion_matrices_on_request(validate, quick_run, tiny_data):
+    found, lines = validate("--weights", quick_run, "--domains", "usps", "mnist", "usps", "--confusion")
     assert list(found["domains"]) == ["usps", "mnist"]
     assert found["domains"]["usps"]["total"] == 11
-    assert counts_of(found)["mnist"] == expected_counts(quick_run)["mnist"]
     assert found["domains"]["usps"]["data"] == "USPS subset, 11", "numbers on other data than the official say so"
+    assert counts_of(found)["mnist"] == expected_counts(quick_run)["mnist"]
+    rows = [[int(n) for n in line.split()[1:]] for line in lines[-10:]]
+    assert list(map(sum, rows)) == load_domain("mnist", "test", tiny_data).labels.bincount().tolist()
+    assert sum(row[digit] for digit, row in enumerate(rows)) == found["domains"]["mnist"]["correct"]
 
 
 def not_tested(lines):
@@ -360,16 +304,28 @@ def not_tested(lines):
     return {line.split()[0]: line for line in lines if "not tested" in line}
 
 
-def test_all_domains_that_are_at_hand(monkeypatch, validate, quick_run, tiny_data, few_synth, tmp_path):
-    """What is not there is named with the command that brings it, and not fetched."""
+@pytest.mark.parametrize(
+    ("words", "at_hand", "tested", "missing"),
+    [
+        (("--domains", "all"), ["MNIST"], ["mnist", "synth", "optdigits"], ["SVHN", "USPS"]),
+        (("--no-download",), [], ["synth", "optdigits"], ["SVHN", "MNIST"]),
+    ],
+    ids=["all that are at hand", "a fresh clone without a network"],
+)
+def test_what_is_not_at_hand_is_named_with_the_command_that_brings_it(
+    monkeypatch, validate, quick_run, tiny_data, few_synth, tmp_path, words, at_hand, tested, missing
+):
+    """It is not fetched; without its own domains a network classifies digits that come with the code."""
     data = tmp_path / "my data"
-    shutil.copytree(tiny_data / "MNIST", data / "MNIST")
-    found, lines = validate("--weights", quick_run, "--domains", "all", "--data-dir", data)
-    assert list(found["domains"]) == ["mnist", "synth", "optdigits"]
-    assert counts_of(found)["mnist"] == expected_counts(quick_run)["mnist"]
+    for folder in at_hand:
+        shutil.copytree(tiny_data / folder, data / folder)
+    found, lines = validate("--weights", quick_run, "--data-dir", data, *words)
+    assert list(found["domains"]) == tested
+    if at_hand:
+        assert counts_of(found)["mnist"] == expected_counts(quick_run)["mnist"]
     assert found["domains"]["optdigits"]["total"] == 500
     assert "data" not in found["domains"]["optdigits"]
-    assert list(not_tested(lines)) == ["SVHN", "USPS"]
+    assert list(not_tested(lines)) == missing
     for name, line in not_tested(lines).items():
         command = re.search(r"`python download_data\.py (.*)`", line)[1]
         monkeypatch.setattr(sys, "argv", ["download_data.py", *shlex.split(command)])
@@ -377,20 +333,10 @@ def test_all_domains_that_are_at_hand(monkeypatch, validate, quick_run, tiny_dat
         assert (asked.names, asked.data_dir) == ([name.lower()], data)
 
 
-def test_without_its_own_domains_it_classifies_digits_that_come_with_the_code(validate, quick_run, few_synth, tmp_path):
-    """A fresh clone without a network: both domains are named with their commands, and something real is tested."""
-    found, lines = validate("--weights", quick_run, "--data-dir", tmp_path / "nothing", "--no-download")
-    assert list(found["domains"]) == ["synth", "optdigits"]
-    assert found["domains"]["optdigits"]["total"] == 500
-    assert list(not_tested(lines)) == ["SVHN", "MNIST"]
-    assert all("python download_data.py" in line for line in not_tested(lines).values())
-
-
 def test_nothing_to_test_is_a_failure(fail, quick_run, tmp_path):
     data = tmp_path / "nothing"
     message = fail(valid, "--weights", quick_run, "--domains", "svhn", "usps", "--data-dir", data, "--no-download")
-    assert "download_data.py svhn" in message
-    assert "download_data.py usps" in message
+    assert re.search(r"download_data\.py svhn.*download_data\.py usps", message)
     assert not data.exists()
 
 
@@ -399,20 +345,9 @@ def test_one_missing_domain_does_not_hide_the_others(validate, quick_run, tiny_d
     (data / "test_32x32.mat").write_bytes(b"no matrix")
     found, lines = validate("--weights", quick_run, "--data-dir", data)
     assert counts_of(found) == {"mnist": expected_counts(quick_run)["mnist"]}
-    assert list(not_tested(lines)) == ["SVHN"]
-    assert "test_32x32.mat" in not_tested(lines)["SVHN"]
-
-
-def test_confusion_matrices_on_request(validate, quick_run, tiny_data):
-    found, lines = validate("--weights", quick_run, "--domains", "mnist", "--confusion")
-    rows = [[int(n) for n in line.split()] for line in lines[-10:]]
-    assert [row[0] for row in rows] == list(range(10))
-    labels = load_domain("mnist", "test", tiny_data).labels.tolist()
-    assert [sum(row[1:]) for row in rows] == [labels.count(digit) for digit in range(10)]
-    assert sum(row[1 + row[0]] for row in rows) == found["domains"]["mnist"]["correct"]
-
-
-# --- what comes with the code -----------------------------------------------------------------------
+    ((name, line),) = not_tested(lines).items()
+    assert name == "SVHN"
+    assert "test_32x32.mat" in line
 
 
 INDEX = json.loads((ROOT / "pretrained/index.json").read_text())
@@ -421,7 +356,7 @@ INDEX = json.loads((ROOT / "pretrained/index.json").read_text())
 def recorded(weights):
     """The record of the run that the weights are from: of all records the one with their settings."""
     about = load_weights(ROOT / "pretrained" / INDEX["weights"][weights]["file"])[1]
-    config = about["training"] if "training" in about else about["config"]
+    config = about.get("training") or about["config"]
     lines = (ROOT / f"results/{config['source']}-{config['target']}.jsonl").read_text().splitlines()
     (record,) = [record for record in map(json.loads, lines) if record["config"].items() <= config.items()]
     return record
@@ -433,7 +368,6 @@ def test_the_weights_that_need_no_download_do_what_their_record_says():
     done = run_as_process("valid.py", "--domains", "optdigits", "--weights", name, "--no-download")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["weights"] == name
     tested = found["domains"]["optdigits"]
     assert (tested["total"], tested["accuracy"]) == (500, tested["correct"] / 500)
     assert abs(tested["correct"] - recorded(name)["target_correct"]) <= 2
@@ -454,7 +388,6 @@ def test_every_weights_file_is_in_the_index_and_in_the_model_card():
     """And each entry of the index can be had: it comes with the code, or there is an address to fetch it from."""
     sections = re.findall(r"^## (.*)$", (ROOT / "pretrained/README.md").read_text(), re.MULTILINE)
     assert set(sections) == INDEX["weights"].keys()
-    assert INDEX["default"] in INDEX["weights"]
     files = {path.name for path in (ROOT / "pretrained").glob("*.safetensors")}
     assert files <= {entry["file"] for entry in INDEX["weights"].values()}
     for name, entry in INDEX["weights"].items():
