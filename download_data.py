@@ -1,4 +1,4 @@
-"""Download and verify the data sets SVHN, MNIST and USPS; what is already there is not downloaded again."""
+"""Download and verify the data sets SVHN, MNIST, USPS and MNIST-M; what is already there is not downloaded again."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,7 @@ from utils.cli import run_script, script_parser
 
 EPILOG = """\
 examples:
-  python download_data.py                               all three; SVHN is the large one, 246 MB
+  python download_data.py                               all of them; SVHN is the large one, 246 MB
   python download_data.py mnist usps --data-dir data    two of them, into a folder
 
 A download that broke off is resumed when the command is run again.
@@ -46,7 +46,7 @@ def main() -> None:
     args = parse_arguments()
     print(f"data folder: {args.data_dir}")
     for name in dict.fromkeys(args.names or DATA_FILES):
-        for file in data_files(name):
+        for file in (file for file in data_files(name) if file.urls):
             state = fetch_file(name, file, args.data_dir)
             path = args.data_dir / file.path
             stored = path if path.exists() else path.with_suffix("")

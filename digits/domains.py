@@ -10,10 +10,12 @@ from torch import Tensor
 from data_loader import DigitSet, limit
 from digits.files import LICENCES, data_files, fetch
 from digits.readers import (
+    MNIST_M_IMAGES,
     OPTDIGITS_TRAIN,
     SYNTH_IMAGES,
     MissingData,
     read_mnist,
+    read_mnist_m,
     read_optdigits,
     read_svhn,
     read_synth,
@@ -44,6 +46,7 @@ _ROWS = (
     Domain("svhn", "SVHN", 73257, 26032, LICENCES["svhn"], read_svhn),
     Domain("mnist", "MNIST", 60000, 10000, LICENCES["mnist"], read_mnist),
     Domain("usps", "USPS", 7291, 2007, LICENCES["usps"], read_usps),
+    Domain("mnist-m", "MNIST-M", MNIST_M_IMAGES["train"], MNIST_M_IMAGES["test"], LICENCES["mnist-m"], read_mnist_m),
     Domain("synth", "synth", SYNTH_IMAGES["train"], SYNTH_IMAGES["test"], "MIT, rendered here", read_synth),
     Domain("optdigits", "optdigits", OPTDIGITS_TRAIN, 500, "CC BY 4.0 (UCI)", read_optdigits),
 )

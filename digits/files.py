@@ -19,13 +19,15 @@ class DataFile:
 
     Args:
         path: relative to the data folder, in torchvision's layout.
-        md5: the checksum that torchvision gives for it, in hexadecimal.
-        urls: addresses to try in turn.
+        md5: its checksum, in hexadecimal, as torchvision gives it where it knows the file.
+        urls: addresses to try in turn; a file without one is used where it is, and never fetched.
+        split: "train" or "test"; None: both.
     """
 
     path: str
     md5: str
     urls: tuple[str, ...]
+    split: str | None = None
 
 
 # torchvision's order: its own mirror first, for the original site has been empty or forbidden for years.
@@ -35,11 +37,16 @@ _MNIST_SITES = (
     "http://yann.lecun.com/exdb/mnist/",
 )
 _SVHN_SITES = ("http://ufldl.stanford.edu/housenumbers/",)
+_MNIST_M_URLS = (
+    "https://drive.google.com/uc?export=download&id=0B_tExHiYS-0veklUZHFYT19KYjg&confirm=t",
+    "https://cornell.box.com/shared/static/jado7quprg6hzzdubvwzh9umr75damwi",
+)
 _USPS_SITES = ("https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/multiclass/",)
 
 
 def _file(folder: str, file_name: str, md5: str, sites: tuple[str, ...]) -> DataFile:
-    return DataFile(folder + file_name, md5, tuple(site + file_name for site in sites))
+    split = "test" if file_name.startswith(("t10k", "test", "usps.t.")) else "train"
+    return DataFile(folder + file_name, md5, tuple(site + file_name for site in sites), split)
 
 
 DATA_FILES: dict[str, tuple[DataFile, ...]] = {
@@ -57,12 +64,17 @@ DATA_FILES: dict[str, tuple[DataFile, ...]] = {
         _file("", "usps.bz2", "ec16c51db3855ca6c91edd34d0e9b197", _USPS_SITES),
         _file("", "usps.t.bz2", "8ea070ee2aca1ac39742fdd1ef5ed118", _USPS_SITES),
     ),
+    "mnist-m": (
+        DataFile("mnist_m.tar.gz", "859df31c91afe82e80e5012ba928f279", _MNIST_M_URLS),
+        DataFile("mnist_m_test.npz", "4e49889adc16b51f81ee5afda6744e85", (), "test"),  # its test set as numpy arrays
+    ),
 }
 
 LICENCES = {
     "svhn": "for non-commercial use only",
     "mnist": "commonly given as CC BY-SA 3.0",
     "usps": "for research",
+    "mnist-m": "for non-commercial research and education",
 }
 
 
@@ -71,11 +83,7 @@ def data_files(name: str, split: str | None = None) -> tuple[DataFile, ...]:
     files = DATA_FILES.get(name, ())
     if split is None:
         return files
-    return tuple(file for file in files if _is_test(file) == (split == "test"))
-
-
-def _is_test(file: DataFile) -> bool:
-    return Path(file.path).name.startswith(("t10k", "test", "usps.t."))
+    return tuple(file for file in files if file.split in (split, None))
 
 
 def fetch(names: Iterable[str], data_dir: Path, split: str | None = None) -> None:
@@ -89,7 +97,8 @@ def fetch(names: Iterable[str], data_dir: Path, split: str | None = None) -> Non
     """
     for name in names:
         for file in data_files(name, split):
-            fetch_file(name, file, data_dir)
+            if file.urls:
+                fetch_file(name, file, data_dir)
 
 
 def fetch_file(name: str, file: DataFile, data_dir: Path) -> str:

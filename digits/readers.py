@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import shlex
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from digits.cache import ImageSet, cached
+from digits.mnist_m import blend, read_archive, read_photographs
 from digits.synth import load_synth_digits
 from utils.cli import UserError
 
@@ -18,6 +21,8 @@ REPOSITORY_DATA = Path(__file__).resolve().parent.parent / "data"
 SYNTH_SEED, SYNTH_IMAGES = 0, {"train": 20_000, "test": 2_000}
 SYNTH_TEST_START = 10_000_000  # test images come after any training image that will ever be drawn
 OPTDIGITS_TRAIN = 1297
+MNIST_M_IMAGES = {"train": 59_001, "test": 9_001}
+MNIST_M_SEED, MNIST_M_VERSION = 0, 1  # raise the version whenever the pixels change
 T = TypeVar("T")
 
 
@@ -122,6 +127,53 @@ def read_usps(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
 
     path = _find("usps", data_dir, "usps.bz2" if split == "train" else "usps.t.bz2")
     return _as_tensors("usps", path, *_parse("usps", path, parse))
+
+
+def read_mnist_m(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
+    """MNIST-M, (N, 3, 32, 32), from the official archive, which is unpacked once.
+
+    Without it the test set comes from `mnist_m_test.npz` (arrays `images` and `labels`), and training images are made
+    of MNIST's training digits and the photographs in the data folder's BSDS500.
+    """
+    photographs = data_dir / "BSDS500"
+    if (archive := data_dir / "mnist_m.tar.gz").is_file():
+        images, labels = _parse("mnist-m", archive, lambda path: _unpacked(path, split))
+    elif split == "test" and (repacked := data_dir / "mnist_m_test.npz").is_file():
+        images, labels = _parse("mnist-m", repacked, _parse_npz)
+    elif split == "train" and photographs.is_dir():
+        images, labels = _blended(data_dir, photographs)
+    else:
+        _find("mnist-m", data_dir, "mnist_m.tar.gz")
+        raise AssertionError("unreachable: it is missing")
+    return _as_tensors("mnist-m", data_dir / "mnist_m", images.transpose(0, 3, 1, 2), labels)
+
+
+def _unpacked(archive: Path, split: str) -> ImageSet:
+    name = f"mnist-m/{split}_v{MNIST_M_VERSION}.npz"
+    return cached(name, MNIST_M_IMAGES[split], [archive.parent], lambda: read_archive(archive, split))
+
+
+def _parse_npz(path: Path) -> ImageSet:
+    with np.load(path) as file:
+        images, labels = file["images"], file["labels"]
+    if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3):
+        raise ValueError(f"images are {images.dtype} {images.shape}, not uint8 (N, 32, 32, 3)")
+    return images, labels
+
+
+def _blended(data_dir: Path, folder: Path) -> ImageSet:
+    digits, labels = read_mnist(data_dir, "train")
+    pixels, photographs = digits[:, 0].numpy(), read_photographs(folder)
+    if not photographs:
+        raise UserError(f"{folder} has no photographs in train or val: put those of BSDS500 there, or move it away")
+    made_of = f"{zlib.crc32(pixels.tobytes()):08x}_{len(photographs)}"
+    name = f"mnist-m/blended_v{MNIST_M_VERSION}_seed{MNIST_M_SEED}_{made_of}.npz"
+    return cached(
+        name,
+        len(labels),
+        [data_dir, REPOSITORY_DATA],
+        lambda: (blend(pixels, photographs, MNIST_M_SEED), labels.numpy()),
+    )
 
 
 def read_synth(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
+from digits.cache import cached
+
 VERSION = 1  # part of the cache's file name: raise it whenever the pixels change
 
 SIZE = 32  # pixels, both sides of an image
@@ -289,55 +291,16 @@ def render_digits(
     return images, labels
 
 
-def _read_cache(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
-    with np.load(path) as file:
-        images, labels = file["images"], file["labels"]
-    if images.shape != (count, SIZE, SIZE, 3) or images.dtype != np.uint8 or labels.shape != (count,):
-        raise ValueError(f"{path} holds {images.dtype} {images.shape}")
-    return images, labels
-
-
-def _write_cache(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Write all or nothing: an interruption or a full disk leaves no half file under the cache's name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            np.savez(file, images=images, labels=labels)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def load_synth_digits(
     seed: int, start: int, count: int, cache_dirs: Sequence[Path], progress: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """The images of `render_digits`, from a cache file where there is one, else rendered and cached.
 
     Args:
-        cache_dirs: folders whose subfolder `synth` holds cache files. The first that has the file is read; if
-            none has it, the first that can be written gets it; if none can, one line on stderr says so.
+        cache_dirs: folders whose subfolder `synth` holds cache files, as `digits.cache.cached` takes them.
 
     Returns:
         images (count, 32, 32, 3): uint8; labels (count,): int64, 0..9.
     """
-    name = f"synth_digits_v{VERSION}_seed{seed}_{start}_{count}.npz"
-    paths = [Path(folder, "synth", name) for folder in cache_dirs]
-    for path in paths:
-        try:
-            return _read_cache(path, count)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except Exception as error:  # numpy and zipfile raise almost anything on damaged bytes
-            print(f"{path} is damaged ({type(error).__name__}): rendering it again", file=sys.stderr)
-    images, labels = render_digits(seed, start, count, progress=progress)
-    failures = []
-    for path in paths:
-        try:
-            _write_cache(path, images, labels)
-            break
-        except OSError as error:
-            failures.append(error)
-    if len(failures) == len(paths):
-        print(f"synth digits are not cached: {'; '.join(map(str, failures))}", file=sys.stderr)
-    return images, labels
+    name = f"synth/synth_digits_v{VERSION}_seed{seed}_{start}_{count}.npz"
+    return cached(name, count, cache_dirs, lambda: render_digits(seed, start, count, progress=progress))

@@ -286,7 +286,7 @@ def test_the_users_own_mirror_is_tried_first(site, mirror, tmp_path, monkeypatch
 
 
 def test_the_table_agrees_with_torchvision_and_has_addresses_of_each_file():
-    everything = [file for group in DATA_FILES.values() for file in group]
+    everything = [file for name, group in DATA_FILES.items() if name != "mnist-m" for file in group]
     splits = [dataset.split_list[split] for dataset in (datasets.SVHN, datasets.USPS) for split in ("train", "test")]
     theirs = dict(datasets.MNIST.resources) | {name: md5 for _, name, md5 in splits}
     assert len(everything) == len(theirs) == 8

@@ -307,7 +307,7 @@ def not_tested(lines):
 @pytest.mark.parametrize(
     ("words", "at_hand", "tested", "missing"),
     [
-        (("--domains", "all"), ["MNIST"], ["mnist", "synth", "optdigits"], ["SVHN", "USPS"]),
+        (("--domains", "all"), ["MNIST"], ["mnist", "synth", "optdigits"], ["SVHN", "USPS", "MNIST-M"]),
         (("--no-download",), [], ["synth", "optdigits"], ["SVHN", "MNIST"]),
     ],
     ids=["all that are at hand", "a fresh clone without a network"],
