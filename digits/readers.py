@@ -135,17 +135,15 @@ def read_mnist_m(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
     Without it the test set comes from `mnist_m_test.npz` (arrays `images` and `labels`), and training images are made
     of MNIST's training digits and the photographs in the data folder's BSDS500.
     """
-    photographs = data_dir / "BSDS500"
-    if (archive := data_dir / "mnist_m.tar.gz").is_file():
-        images, labels = _parse("mnist-m", archive, lambda path: _unpacked(path, split))
-    elif split == "test" and (repacked := data_dir / "mnist_m_test.npz").is_file():
-        images, labels = _parse("mnist-m", repacked, _parse_npz)
-    elif split == "train" and photographs.is_dir():
-        images, labels = _blended(data_dir, photographs)
+    archive, repacked, photographs = (data_dir / name for name in ("mnist_m.tar.gz", "mnist_m_test.npz", "BSDS500"))
+    if split == "test" and repacked.is_file() and not archive.is_file():
+        path, (images, labels) = repacked, _parse("mnist-m", repacked, _parse_npz)
+    elif split == "train" and photographs.is_dir() and not archive.is_file():
+        path, (images, labels) = photographs, _blended(data_dir, photographs)
     else:
-        _find("mnist-m", data_dir, "mnist_m.tar.gz")
-        raise AssertionError("unreachable: it is missing")
-    return _as_tensors("mnist-m", data_dir / "mnist_m", images.transpose(0, 3, 1, 2), labels)
+        path = _find("mnist-m", data_dir, archive.name)
+        images, labels = _parse("mnist-m", path, lambda path: _unpacked(path, split))
+    return _as_tensors("mnist-m", path, images.transpose(0, 3, 1, 2), labels)
 
 
 def _unpacked(archive: Path, split: str) -> ImageSet:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from data_loader import Preprocessing, mean_pixel
+from digits.domains import CLASS_NAMES
 from methods.modern import ClassWiseDiscriminator
 from methods.recipes import Config
 from model import DANN, DomainDiscriminator, FeatureExtractor, LabelClassifier
 
-CLASSES = 10
+CLASSES = len(CLASS_NAMES)
 
 
 class Dropout(nn.Dropout):

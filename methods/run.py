@@ -93,7 +93,7 @@ class Run:
 
     def check_weights(self) -> None:
         """Raise UserError when a weight is not finite, as the last step may have left it."""
-        networks = {"weights": self.model, "teacher's weights": self.tested_model}
+        networks = {"weights": self.model} | ({"teacher's weights": self.teacher.model} if self.teacher else {})
         for name, network in networks.items():
             if not all(weight.isfinite().all() for weight in network.state_dict().values()):
                 raise UserError(
