@@ -13,6 +13,7 @@ Source: Ganin & Lempitsky, "Unsupervised Domain Adaptation by Backpropagation" (
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 class GradientReversal(torch.autograd.Function):
@@ -45,14 +46,49 @@ def reverse_gradient(x: Tensor, lambda_p: float = 1.0) -> Tensor:
     return GradientReversal.apply(x, lambda_p)
 
 
+class DomainBatchNorm(nn.Module):
+    """Batch norm with each domain's own statistics, in training and in testing; scale and shift are shared.
+
+    Source: Li et al., arXiv 1603.04779; Chang et al., CVPR 2019 (who learn a scale and a shift of each domain, too).
+
+    Args:
+        norm: a batch norm; its running statistics become the target's.
+
+    Shape: that of `norm`
+    """
+
+    source_mean: Tensor
+    source_var: Tensor
+
+    def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d):
+        super().__init__()
+        self.norm, self.domain = norm, "target"
+        self.register_buffer("source_mean", torch.zeros(norm.num_features))
+        self.register_buffer("source_var", torch.ones(norm.num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.domain == "target":
+            return self.norm(x)
+        statistics = {"running_mean": self.source_mean, "running_var": self.source_var}  # training changes them
+        return functional_call(self.norm, statistics, (x,))
+
+
 class FeatureExtractor(nn.Module):
-    """G_f: images to features, which are ≥ 0. Shape: (N, C, S, S) -> (N, F)"""
+    """G_f: images to features, which are ≥ 0.
+
+    Called with the images' domain, "source" or "target", whose statistics each `DomainBatchNorm` takes.
+
+    Shape: (N, C, S, S) -> (N, F)
+    """
 
     def __init__(self, layers: nn.Sequential):
         super().__init__()
         self.layers = layers
+        self.domain_norms = [module for module in layers.modules() if isinstance(module, DomainBatchNorm)]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, domain: str = "target") -> Tensor:
+        for norm in self.domain_norms:
+            norm.domain = domain
         return self.layers(x)
 
     def convolutions(self) -> list[nn.Conv2d]:
@@ -88,33 +124,22 @@ class DomainDiscriminator(nn.Module):
 class DANN(nn.Module):
     """Domain-adversarial neural network: extractor, classifier and discriminator (paper, figure 1).
 
-    Calling it classifies images. Training uses its parts, with `reverse_gradient` before the discriminator.
-
-    Args:
-        separate_domains: whether `features` sees each domain by itself, so that batch norm takes its own statistics
-            of each.
+    Calling it classifies images of a domain. Training uses its parts, with `reverse_gradient` before the discriminator.
 
     Shape: (N, C, S, S) -> (N, K), preprocessed images to logits
     """
 
-    def __init__(
-        self,
-        extractor: FeatureExtractor,
-        classifier: LabelClassifier,
-        discriminator: DomainDiscriminator,
-        separate_domains: bool = False,
-    ):
+    def __init__(self, extractor: FeatureExtractor, classifier: LabelClassifier, discriminator: DomainDiscriminator):
         super().__init__()
         self.extractor, self.classifier, self.discriminator = extractor, classifier, discriminator
-        self.separate_domains = separate_domains
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.extractor(x))
+    def forward(self, x: Tensor, domain: str = "target") -> Tensor:
+        return self.classifier(self.extractor(x, domain))
 
     def features(self, x_s: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
         """The features f_s, f_t of a source and a target batch. Shape: two of (B, C, S, S) -> two of (B, F)"""
-        if self.separate_domains:
-            return self.extractor(x_s), self.extractor(x_t)
+        if self.extractor.domain_norms:
+            return self.extractor(x_s, "source"), self.extractor(x_t, "target")
         f_s, f_t = self.extractor(torch.cat((x_s, x_t))).split(len(x_s))
         return f_s, f_t
 

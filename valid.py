@@ -21,10 +21,16 @@ from utils.pretrained import read_index
 from watch.screen import ACCURACY_HEADER, accuracy_line
 
 
-def evaluate(classifier: Classifier, digits: DigitSet) -> Evaluation:
-    """Count right and wrong over a test set: the only accuracy code of this project."""
+def evaluate(classifier: Classifier, digits: DigitSet, domain: str | None = None) -> Evaluation:
+    """Count right and wrong over a test set: the only accuracy code of this project.
+
+    Args:
+        domain: whose batch statistics count, "source" or "target"; None: the source's for the domain that the network
+            was trained on with labels, the target's for all others.
+    """
     classes = len(classifier.classes)
-    predicted = classifier.probabilities(digits.images).argmax(1)
+    domain = domain or ("source" if digits.domain == classifier.source else "target")
+    predicted = classifier.probabilities(digits.images, domain).argmax(1)
     pairs = digits.labels.cpu() * classes + predicted
     return Evaluation(torch.bincount(pairs, minlength=classes**2).view(classes, classes), predicted)
 

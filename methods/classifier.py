@@ -69,8 +69,11 @@ class Classifier:
     path: Path = Path()
 
     @torch.inference_mode()
-    def outputs(self, part: nn.Module, images: Tensor) -> Tensor:
+    def outputs(self, part: nn.Module, images: Tensor, domain: str) -> Tensor:
         """What the network, or a part of it that takes images, makes of them, in eval mode.
+
+        Args:
+            domain: "source" or "target", whose batch statistics the network takes where it has those of both.
 
         Shape: (N, C, H, W) uint8 -> (N, F) float32 on the device
         """
@@ -79,17 +82,17 @@ class Classifier:
         results = []
         for batch in images.split(BATCH):
             with machine.autocast(self.device, self.precision):
-                results.append(part(self.preprocess(batch.to(self.device))).float())
+                results.append(part(self.preprocess(batch.to(self.device)), domain).float())
         part.train(was_training)
         return torch.cat(results)
 
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor, domain: str = "target") -> Tensor:
         """What the extractor makes of images. Shape: (N, C, H, W) uint8 -> (N, F) float32 on the device"""
-        return self.outputs(self.model.extractor, images)
+        return self.outputs(self.model.extractor, images, domain)
 
-    def probabilities(self, images: Tensor) -> Tensor:
+    def probabilities(self, images: Tensor, domain: str = "target") -> Tensor:
         """Class probabilities. Shape: (N, C, H, W) uint8 -> (N, K) float32 on the CPU"""
-        return self.outputs(self.model, images).softmax(1).cpu()
+        return self.outputs(self.model, images, domain).softmax(1).cpu()
 
 
 def usage(network: str, preprocess: Preprocessing, source: str, target: str, precision: str, training: dict) -> dict:

@@ -11,7 +11,7 @@ from data_loader import Preprocessing, mean_pixel
 from digits.domains import CLASS_NAMES
 from methods.modern import ClassWiseDiscriminator
 from methods.recipes import Config
-from model import DANN, DomainDiscriminator, FeatureExtractor, LabelClassifier
+from model import DANN, DomainBatchNorm, DomainDiscriminator, FeatureExtractor, LabelClassifier
 
 CLASSES = len(CLASS_NAMES)
 
@@ -50,12 +50,7 @@ def _conv_pool(in_channels: int, out_channels: int, size: int, pool: nn.MaxPool2
     return [convolution, pool, relu]
 
 
-def _conv_norm_pool(in_channels: int, out_channels: int) -> list[nn.Module]:
-    convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-    return [convolution, nn.BatchNorm2d(out_channels), nn.MaxPool2d(2), nn.ReLU(inplace=True)]
-
-
-def _conv_pool_norm(in_channels: int, out_channels: int, pool: bool, padding: int = 1) -> list[nn.Module]:
+def _conv_pool_norm(in_channels: int, out_channels: int, pool: bool = True, padding: int = 1) -> list[nn.Module]:
     """3×3 convolution, max pooling by 2 where asked for, and batch norm of the fourth of the values that are left."""
     pooling = [nn.MaxPool2d(2)] if pool else []
     convolution = nn.Conv2d(in_channels, out_channels, 3, padding=padding, bias=False)
@@ -121,15 +116,19 @@ def _paper_mnist(part: str, dropout: float) -> list[nn.Module]:
     return [*_conv_pool(3, 32, 5, pool), *_conv_pool(32, 48, 5, pool), nn.Flatten()]
 
 
-def _quick(part: str, dropout: float) -> list[nn.Module]:
-    """32×32. Our own small network: three batch-normed 3×3 convolutions, 32 → 16 → 8 → 4, and 128 features."""
+def _small(part: str, dropout: float) -> list[nn.Module]:
+    """32×32. Our own small network: three 3×3 convolutions, 32 → 16 → 8 → 4, and 128 features.
+
+    Its batch norm keeps each domain's own statistics.
+    """
     if part == "classifier":
         return _mlp(128, CLASSES)
     if part == "discriminator":
         return [*_mlp(128, 128, 1), nn.Flatten(0)]
-    blocks = [*_conv_norm_pool(3, 32), *_conv_norm_pool(32, 48), *_conv_norm_pool(48, 64), nn.Flatten()]
+    blocks = [*_conv_pool_norm(3, 32), *_conv_pool_norm(32, 48), *_conv_pool_norm(48, 64), nn.Flatten()]
     features = [nn.Linear(64 * 4 * 4, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU(inplace=True)]
-    return [*blocks, Dropout(dropout), *features]
+    layers = [*blocks, Dropout(dropout), *features]
+    return [DomainBatchNorm(layer) if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) else layer for layer in layers]
 
 
 def _modern(part: str, dropout: float) -> list[nn.Module]:
@@ -167,25 +166,23 @@ NETWORKS: dict[str, Network] = {
     "system-b": Network(_system_b, 32),
     "paper-svhn": Network(_paper_svhn, 32),
     "paper-mnist": Network(_paper_mnist, 32),
-    "quick": Network(_quick, 32, batch_normed=True),
+    "small": Network(_small, 32, batch_normed=True),
     "modern": Network(_modern, 32, channels=1, batch_normed=True, discriminator=ClassWiseDiscriminator),
 }
 
 
-def build_network(name: str, dropout: float = 0.0, separate_domains: bool = False) -> DANN:
+def build_network(name: str, dropout: float = 0.0) -> DANN:
     """A network with new weights.
 
     Args:
         name: a key of NETWORKS.
         dropout: probability in [0, 1).
-        separate_domains: as `DANN` takes it.
     """
     network = NETWORKS[name]
     model = DANN(
         FeatureExtractor(nn.Sequential(*network.layers("extractor", dropout))),
         LabelClassifier(nn.Sequential(*network.layers("classifier", dropout))),
         network.discriminator(nn.Sequential(*network.layers("discriminator", dropout))),
-        separate_domains,
     )
     if name == "system-a":
         model.apply(_initialise_system_a)

@@ -45,7 +45,7 @@ def parse_arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
         f"The defaults shown are those of the recipe {defaults.recipe}.",
         epilog="examples:\n"
         "  python main.py --recipe quick                  built-in data, about a minute on two cores\n"
-        "  python main.py --data-dir data --epochs 12     SVHN -> MNIST, a shorter schedule",
+        "  python main.py --data-dir data --epochs 4      SVHN -> MNIST, a first look",
     )
     add_config_arguments(parser, defaults)
     group = parser.add_argument_group("run")

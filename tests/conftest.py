@@ -27,7 +27,9 @@ from watch.board import Board
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_COUNTS = {"svhn": (40, 23), "mnist": (64, 37), "usps": (30, 11)}  # training and test images of `tiny_data`
-DRAWN = {name: getattr(Board, name) for name in ("compare", "show_predictions")}  # what draws a run's figures
+DRAWN = {
+    name: getattr(Board, name) for name in ("compare", "show_features", "show_predictions")
+}  # what draws a run's figures
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +166,7 @@ def whole_run(tiny_data, tmp_path_factory) -> Path:
 def quick_run(tiny_data, tmp_path_factory) -> Path:
     """The folder of a short run: batch-normed, on per-image normalised SVHN and MNIST; not to be changed."""
     folder = tmp_path_factory.mktemp("quick") / "run"
-    words = "--network quick --normalisation per-image --batch-size 16 --epochs 2 --device cpu --no-download"
+    words = "--batch-size 16 --epochs 2 --device cpu --no-download"
     train(*words.split(), "--data-dir", tiny_data, "--run-dir", folder)
     return folder
 

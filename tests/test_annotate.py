@@ -43,8 +43,8 @@ def ignorant(tmp_path_factory):
     """Weights of a network that has learnt nothing."""
     path = tmp_path_factory.mktemp("ignorant") / "ignorant.safetensors"
     torch.manual_seed(0)
-    about = usage("quick", Preprocessing(32), "svhn", "mnist", "fp32", {})
-    save_weights(path, build_network("quick").state_dict(), about)
+    about = usage("small", Preprocessing(32), "svhn", "mnist", "fp32", {})
+    save_weights(path, build_network("small").state_dict(), about)
     return path
 
 

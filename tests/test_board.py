@@ -17,6 +17,7 @@ import main
 from data_loader import DigitSet, Preprocessing
 from digits.domains import load_domain
 from methods.classifier import Classifier, load_classifier
+from methods.networks import build_network
 from methods.run import Run
 from watch.board import Board, principal_components, spread_over
 from watch.log import RunLog
@@ -192,7 +193,7 @@ def test_event_files_of_a_long_run_stay_small(tmp_path):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2000, 3, 32, 32), dtype=torch.uint8, generator=generator)
     digits = DigitSet("svhn", "test", images, torch.arange(2000) % 10, "SVHN", {})
-    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))
+    network = build_network("small")
     classifier = Classifier(network, Preprocessing(32), torch.device("cpu"), "fp32")
     log = RunLog(tmp_path)
     board = Board(None, None, SimpleNamespace(source_test=digits, target_test=digits), classifier, log)

@@ -24,7 +24,7 @@ MACHINE, BATCH_NORMED, WARM, TAUGHT = (
     words.split()
     for words in (
         "--device cpu --precision fp32 --no-download --threads 1",
-        "--network quick --normalisation per-image --separate-domains --augmentation affine --dropout 0 --epochs 2 "
+        "--recipe system-a --network small --normalisation per-image --augmentation affine --dropout 0 --epochs 2 "
         "--batch-size 16",
         "--recipe cnn-grl --dropout 0 --warm-start-epochs 1 --epochs 1 --batch-size 16 --lr 0.05",
         "--recipe modern --optimizer sgd --lr 0.002 --confidence 0.1 --epochs 2 --epoch-steps 3 --batch-size 16",
@@ -40,7 +40,7 @@ import torch, torch.utils.flop_counter, torchvision.utils
 torch.set_num_threads(1)
 import main
 from watch.board import Board
-Board.compare = Board.show_predictions = lambda *_: None
+Board.compare = Board.show_features = Board.show_predictions = lambda *_: None
 for line in sys.stdin:
     job, children = json.loads(line), []
     with socket.socket() as free:
@@ -292,7 +292,7 @@ def test_joined_batch_norm_is_that_of_the_joined_batch(launch, tmp_path, mean, d
 
 @pytest.mark.parametrize(("device", "kind"), [("cpu", JoinedBatchNorm), ("cuda", nn.SyncBatchNorm)])
 def test_every_batch_norm_is_joined_and_keeps_what_it_had(device, kind):
-    model = build_network("quick")
+    model = build_network("small")
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.running_mean.normal_()

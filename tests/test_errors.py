@@ -276,7 +276,7 @@ import tensorboardX.record_writer
 tensorboardX.record_writer.open_file = lambda path: open("/dev/full", "wb")
 import main
 from watch.board import Board
-Board.compare = Board.show_predictions = lambda *_: None
+Board.compare = Board.show_features = Board.show_predictions = lambda *_: None
 main.run_script(main.main)
 """
 
@@ -292,13 +292,13 @@ def test_full_disk_for_tensorboard(tiny_data, tmp_path):
     assert_nothing_half_written(tmp_path / "run")
 
 
-ABOUT = usage("quick", preprocessing_for(recipe_config("quick")), "svhn", "mnist", "fp32", {})
+ABOUT = usage("small", preprocessing_for(recipe_config("quick")), "svhn", "mnist", "fp32", {})
 ODD = "classifier.layers.0.bias"
 NOISE = random.Random(0).randbytes(3000)
 
 
 def state():
-    return build_network("quick").state_dict()
+    return build_network("small").state_dict()
 
 
 def keep(path, **changes):
@@ -333,7 +333,7 @@ WEIGHTS_THAT_ARE_NONE = {
     "a list.pt": lambda path: torch.save([1, 2, 3], path),
     "no archive.pt": write(NOISE),
     "an empty file.pt": write(b""),
-    "a whole module.pt": lambda path: torch.save(build_network("quick"), path),
+    "a whole module.pt": lambda path: torch.save(build_network("small"), path),
     "a plain pickle.pt": write(pickle.dumps({"a": 1}, protocol=2)),
     "not tensors alone.pt": lambda path: torch.save({"model": {"name": "text"}, "use": ABOUT}, path),
     "a state dict alone.pt": lambda path: torch.save(state(), path),
@@ -349,7 +349,7 @@ def test_weights_that_are_none(monkeypatch, fail, tiny_data, tmp_path, case):
     before = path.read_bytes()
     message = fail(valid, "--weights", path, "--data-dir", tiny_data, "--device", "cpu")
     assert str(path) in message
-    assert re.search("main.py wrote|use weights of (quick|paper-mnist)", message), "it says what to use instead"
+    assert re.search("main.py wrote|use weights of (small|paper-mnist)", message), "it says what to use instead"
     if "shape" in case:
         assert re.search(rf"\b1 of \d+ .*{ODD}.*\(11,\).*\(10,\)", message)
     assert path.read_bytes() == before

@@ -22,9 +22,9 @@ from tools import figures
 from tools.figure_architecture import stages_of
 from tools.figure_curves import chance_loss, column, lambda_curve
 from tools.figure_data import load_network, sample
-from tools.figure_features import neighbour_share, proxy_a_distance, same_digit_share
 from utils.checkpoint import load_weights, save_weights
 from valid import evaluate
+from watch.features import neighbour_share, proxy_a_distance, same_digit_share
 from watch.plots import spread
 
 CPU = torch.device("cpu")
@@ -123,9 +123,9 @@ def test_stages_are_the_layers_of_the_network(network):
 
 
 def test_stages_name_what_comes_with_a_layer():
-    stages, _ = stages_of(build_network("quick").eval().extractor, torch.zeros(1, 3, 32, 32))
+    stages, _ = stages_of(build_network("small").eval().extractor, torch.zeros(1, 3, 32, 32))
     assert [stage.text.split("\n") for stage in stages] == [
-        *(["conv 3×3", "batch norm, max pool", f"→ {shape}"] for shape in ("32×16×16", "48×8×8", "64×4×4")),
+        *(["conv 3×3", "max pool, batch norm", f"→ {shape}"] for shape in ("32×16×16", "48×8×8", "64×4×4")),
         ["linear", "batch norm", "→ 128"],
     ]
 
@@ -154,7 +154,7 @@ def runs(tiny_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for method in ("dann", "source-only"):
         train(
-            "--network", "quick", "--normalisation", "per-image", "--batch-size", 16, "--dry-run", "--device", "cpu",
+            "--network", "small", "--normalisation", "per-image", "--batch-size", 16, "--dry-run", "--device", "cpu",
             "--precision", "fp32", "--no-download", "--data-dir", tiny_data,
             "--method", method, "--run-dir", folder / method,
         )  # fmt: skip

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from methods.networks import NETWORKS, Dropout, build_network
 from methods.optimisation import balancing_weights
-from model import GradientReversal, domain_accuracy, domain_loss, reverse_gradient
+from model import DomainBatchNorm, GradientReversal, domain_accuracy, domain_loss, reverse_gradient
 
 # ---- the reversal layer
 
@@ -129,7 +129,7 @@ PARAMETERS = {  # of extractor, classifier and discriminator
     ),
     "paper-svhn": (SVHN_CONVOLUTIONS, mlp(8192, 3072, 2048, 10), mlp(8192, 1024, 1024, 1)),
     "paper-mnist": (conv(3, 32, 5) + conv(32, 48, 5), mlp(3072, 100, 100, 10), mlp(3072, 100, 1)),
-    "quick": (
+    "small": (
         normed(3, 32) + normed(32, 48) + normed(48, 64) + normed(1024, 128, 1),
         mlp(128, 10),
         mlp(128, 128, 1),
@@ -140,13 +140,13 @@ PARAMETERS = {  # of extractor, classifier and discriminator
         mlp(128, 128, 10),
     ),
 }
-FEATURES = {"system-a": 6272, "system-b": 512, "paper-svhn": 8192, "paper-mnist": 3072, "quick": 128, "modern": 128}
+FEATURES = {"system-a": 6272, "system-b": 512, "paper-svhn": 8192, "paper-mnist": 3072, "small": 128, "modern": 128}
 DROPOUTS = {  # probabilities of the dropout layers of (extractor, classifier, discriminator) when --dropout is 0.5
     "system-a": ([0.5], [], []),
     "system-b": ([0.25, 0.25], [0.5], []),
     "paper-svhn": ([], [0.5, 0.5], [0.5, 0.5]),
     "paper-mnist": ([], [0.5, 0.5], [0.5]),
-    "quick": ([0.5], [], []),
+    "small": ([0.5], [], []),
     "modern": ([0.5], [], []),
 }
 
@@ -185,15 +185,13 @@ def features_by_hand(network: str, x: torch.Tensor, w: list[torch.Tensor]) -> to
             x = F.max_pool2d(F.conv2d(x, w[i], w[i + 1], padding=2).clamp_min(0), 2)
         return x.flatten(1)
     scale = (1 + 1e-5) ** -0.5  # fresh batch statistics: mean 0, variance 1
-    pooled = (0, 3, 6) if network == "quick" else (0, 6, 12)
+    pooled = (0, 3, 6) if network == "small" else (0, 6, 12)
     *convolutional, last = range(0, len(w), 3)
     for i in convolutional:
         x = F.conv2d(x, w[i], padding=0 if i == 15 else 1)
-        if network == "modern" and i in pooled:  # pools before it normalises
+        if i in pooled:  # before it normalises
             x = F.max_pool2d(x, 2)
         x = (x * scale * w[i + 1].view(1, -1, 1, 1) + w[i + 2].view(1, -1, 1, 1)).clamp_min(0)
-        if network == "quick":
-            x = F.max_pool2d(x, 2)
     if network == "modern":
         assert x.shape[1:] == (256, 2, 2)
         x = x.mean((2, 3))
@@ -325,3 +323,42 @@ def test_dropout_does_nothing_in_eval_mode_or_without_probability():
     assert torch.equal(Dropout(0.5).eval()(x), x)
     assert torch.equal(Dropout(0.0)(x), x)
     assert Dropout(0.999999)(x).isfinite().all()
+
+
+@pytest.mark.parametrize(("kind", "shape"), [(nn.BatchNorm1d, (6, 3)), (nn.BatchNorm2d, (6, 3, 4, 5))])
+def test_each_domain_has_a_batch_norm_but_for_scale_and_shift(kind, shape):
+    norm, twins = DomainBatchNorm(kind(3)), {"source": kind(3), "target": kind(3)}
+    nn.init.normal_(norm.norm.weight)
+    nn.init.normal_(norm.norm.bias)
+    for twin in twins.values():
+        twin.weight, twin.bias = norm.norm.weight, norm.norm.bias
+    generator = torch.Generator().manual_seed(0)
+    for number in range(6):
+        norm.train(number < 4)
+        for domain, offset in (("source", 5), ("target", -2)):
+            x = torch.randn(shape, generator=generator) * (1 + number) + offset
+            norm.domain = domain
+            torch.testing.assert_close(norm(x), twins[domain].train(number < 4)(x))
+    torch.testing.assert_close(norm.source_mean, twins["source"].running_mean)
+    torch.testing.assert_close(norm.source_var, twins["source"].running_var)
+    assert [weight.shape for weight in norm.parameters()] == [(3,), (3,)]
+
+
+def test_a_network_takes_the_statistics_of_the_domain_it_is_given():
+    torch.manual_seed(0)
+    model = build_network("small")
+    assert len(model.extractor.domain_norms) == 4
+    x_s, x_t = images_for("small", 8), images_for("small", 8) * 0.1
+    f_s, f_t = model.features(x_s, x_t)
+    torch.testing.assert_close(f_s, model.extractor(x_s, "source"))  # in training, a batch's own
+    assert not torch.allclose(f_s, model.extractor(torch.cat((x_s, x_t)))[:8], atol=0.1)
+    for _ in range(150):
+        model.features(x_s, x_t)
+    f_s, f_t = (f.detach() for f in model.features(x_s, x_t))
+    model.eval()
+    for x, f, domain, other in ((x_s, f_s, "source", "target"), (x_t, f_t, "target", "source")):
+        own, foreign = ((model.extractor(x, name) - f).abs().mean().item() for name in (domain, other))
+        assert own < 0.1 < foreign
+        assert torch.equal(model(x, domain), model.classifier(model.extractor(x, domain)))
+    assert torch.equal(model(x_t), model(x_t, "target"))
+    assert not build_network("modern").extractor.domain_norms

@@ -6,9 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import events_of, records_of, settings, train
+from conftest import events_of, records_of, result_of, settings, train
 
+from digits.domains import load_domain
+from methods.classifier import load_classifier
 from methods.run import Run
+from valid import evaluate
 from watch.records import label_free_signals, seconds_to
 from watch.screen import counted
 from watch.watcher import Watcher, has_collapsed
@@ -79,3 +82,16 @@ def test_seconds_are_taken_when_the_device_is_done(monkeypatch):
 
 def test_numbers_and_their_nouns_agree():
     assert [counted(number, "thread") for number in (0, 1, 2)] == ["0 threads", "1 thread", "2 threads"]
+
+
+def test_source_only_is_tested_with_the_statistics_of_either_domain(tiny_data, tmp_path, quick_run):
+    """Its own statistics of the target, which need no label, and the source's alone."""
+    words = "--method source-only --batch-size 16 --epochs 2 --lr 0.02 --device cpu --no-download"
+    train(*words.split(), "--data-dir", tiny_data, "--run-dir", tmp_path / "run")
+    classifier = load_classifier(str(tmp_path / "run"), torch.device("cpu"))
+    result, mnist = result_of(tmp_path / "run"), load_domain("mnist", "test", tiny_data)
+    by_target, by_source = (evaluate(classifier, mnist, domain) for domain in ("target", "source"))
+    assert result["target_correct"] == by_target.correct
+    assert result["target_correct_by_source_statistics"] == by_source.correct
+    assert not torch.equal(by_target.predicted, by_source.predicted), "tests on the same digits tell nothing"
+    assert "target_correct_by_source_statistics" not in result_of(quick_run)

@@ -67,7 +67,7 @@ def test_means_deviations_bounds_and_gain(tmp_path):
     records = runs(7000, 7100, 7300) + runs(6000, 6050, method="source-only") + runs(9900, method="target-only")
     (row,) = readme(tmp_path, *records)
     assert list(row.values()) == [
-        "SVHN → MNIST", "DANN, network system-a", shown(60, 60.5), shown(70, 71, 73), "99.00 (n = 1)",
+        "SVHN → MNIST", "DANN, recipe dann", shown(60, 60.5), shown(70, 71, 73), "99.00 (n = 1)",
         "54.90 → 73.85 → 99.42 (arXiv: 59.19 → 71.07)",
     ]  # fmt: skip
     lower, adapted, upper = docs(tmp_path, *records)
@@ -85,9 +85,8 @@ def test_runs_share_a_row_when_their_settings_are_alike(tmp_path):
         records = [*runs(7000, 7100), result(7300, seed=2, **change)]
         assert {row["Target test, %"][-7:] for row in docs(tmp_path, *records)} == {"(n = 1)", "(n = 2)"}
         assert readme(tmp_path, *records) == [], "too few of each"
-    without, teacher = {"balance_classes": False, "warp": 0.0, "seed": 1}, {"warp": 0.2, "confidence": 0.5}
-    for first, second in ((PLAIN, PLAIN | without | {"modern": None}), (PLAIN | teacher, PLAIN | {"modern": teacher})):
-        assert len(docs(tmp_path, result(config=first), result(seed=1, config=second))) == 1
+    first, second = PLAIN | {"modern": None}, PLAIN | {"modern": None, "precision": "auto", "seed": 1}
+    assert len(docs(tmp_path, result(config=first), result(seed=1, config=second))) == 1
 
 
 def test_a_bound_may_differ_in_adaptation_and_precision_alone(tmp_path):
@@ -104,26 +103,49 @@ def test_a_bound_may_differ_in_adaptation_and_precision_alone(tmp_path):
 
 
 def test_names_of_rows_follow_from_the_data(tmp_path):
-    quick, command = {"network": "quick"}, "python main.py --network quick --epochs 12 --seed 0"
-    records = runs(9900, 9900, 9900, recipe="modern") + runs(7000, 7100, 7300, config=quick, command=command)
-    more = {"command": command + " --balance-classes", "config": quick | {"balance_classes": "yes"}, "epochs": 20}
+    command = "python main.py --epochs 12 --seed 0"
+    records = runs(9900, 9900, 9900, recipe="modern") + runs(7000, 7100, 7300, command=command)
+    more = {"command": command + " --no-balance-classes", "config": PLAIN | {"balance_classes": False}, "epochs": 20}
     records += runs(8000, 8100, 8200, **more) + runs(8000, recipe="paper")
     assert [row["Method"] for row in readme(tmp_path, *records)] == [
-        "DANN, network quick, `--balance-classes`, 20 epochs", "DANN, network quick, 12 epochs",
+        "DANN, recipe dann, `--no-balance-classes`, 20 epochs", "DANN, recipe dann, 12 epochs",
         "modern (EMA teacher + reversal)",
     ]  # fmt: skip
-    assert "dann, `--network quick --epochs 12 --balance-classes`" in docs(tmp_path, *records)[0]["Method"]
+    assert "dann, `--epochs 12 --no-balance-classes`" in docs(tmp_path, *records)[0]["Method"]
 
 
-def test_unofficial_data_is_marked(tmp_path):
-    official, subset = runs(7000, 7100, 7300), runs(8000, 8100, 8300, source_mark="SVHN subset, 23,412")
-    pairs = [row["Pair"] for row in readme(tmp_path, *subset, *official)]
-    assert pairs == ["SVHN → MNIST", "SVHN subset, 23,412 → MNIST"]
-    for records, notes, here in ((official, 0, "above"), (subset, 1, "not run")):
+def test_source_only_counts_with_the_batch_statistics_that_are_better(tmp_path):
+    for by_source, better, gain in ((5000, shown(60, 60.5), "+10.25"), (6200, shown(62, 62), "+8.50")):
+        bound = runs(6000, 6050, method="source-only", target_correct_by_source_statistics=by_source)
+        records = runs(7000, 7100, 7300) + bound
+        assert readme(tmp_path, *records)[0]["Source only"] == better
+        lower, adapted = docs(tmp_path, *records)
+        both = f"{shown(60, 60.5)}; by the source's statistics {shown(by_source / 100, by_source / 100)}"
+        assert (lower["Target test, %"], adapted["Gain"]) == (both, gain)
+
+
+def test_data_that_is_not_official_is_marked(tmp_path):
+    whole, subset = ({"source_mark": f"SVHN {kind}"} for kind in ("unofficial, 73,257", "subset, 23,412"))
+    marked = runs(7000, 7100, 7300, **whole) + runs(8000, 8100, 8300, **subset)
+    for records, pairs, notes in (
+        (runs(7000, 7100, 7300), ["SVHN → MNIST"], 0),
+        (marked, [r"SVHN\*", "SVHN subset"], 1),
+    ):
         frame = report.read_results(write(tmp_path, records))
-        text = report.docs_report(frame)
-        assert report.readme_report(frame).count(report.SUBSET_NOTE) == text.count(report.SUBSET_NOTE) == notes
-        assert [row["Here, on official data"] for row in rows(text) if row.get("By") == "system A"] == [here]
+        text = report.readme_report(frame)
+        assert text.count(report.UNOFFICIAL_NOTE) == notes
+        assert all(pair in text for pair in pairs)
+    assert r"## SVHN unofficial, 73,257 → MNIST" in report.docs_report(frame)
+
+
+def test_what_others_report_stands_beside_the_runs_here(tmp_path):
+    records = runs(7000, 7200, recipe="system-a", epochs=100) + runs(
+        100, recipe="system-a", source_mark="SVHN subset, 9"
+    )
+    text = report.docs_report(report.read_results(write(tmp_path, records)))
+    here = {row["By"]: row["Here"] for row in rows(text) if "By" in row}
+    assert here["system A"] == f"recipe system-a: 90.00 / {shown(70, 72)}, 100 epochs"
+    assert here["system B"] == "recipe cnn-grl: not run"
 
 
 def test_commands_with_shell_characters_keep_a_row_whole(tmp_path):

@@ -41,7 +41,7 @@ MACHINE = ("--device", "cpu", "--precision", "fp32", "--no-download")
 SMALL, WARM, TAUGHT = (
     tuple(words.split())
     for words in (
-        "--network quick --dropout 0.3 --augmentation affine --optimizer adamw --lr 0.002 --epochs 3 --batch-size 16",
+        "--network small --dropout 0.3 --augmentation affine --optimizer adamw --lr 0.002 --epochs 3 --batch-size 16",
         "--recipe cnn-grl --warm-start-epochs 2 --epochs 2 --batch-size 16",
         "--recipe modern --epochs 3 --epoch-steps 4 --batch-size 8 --confidence 0.1",
     )
@@ -295,7 +295,7 @@ def test_a_file_that_is_no_checkpoint_of_this_version_is_refused(fail, stopped_r
 
 def test_ctrl_c_of_a_process(tiny_data, tmp_path):
     folder, epochs = tmp_path / "run", 50
-    settings = ("--network", "quick", "--batch-size", 16, "--epochs", epochs)
+    settings = ("--network", "small", "--batch-size", 16, "--epochs", epochs)
     command = (sys.executable, "main.py", *settings, *MACHINE, "--data-dir", tiny_data, "--run-dir", folder)
     process = subprocess.Popen(
         [*map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

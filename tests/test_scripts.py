@@ -25,7 +25,7 @@ from utils.distributed import ALONE
 
 SCRIPTS = ["main.py", "valid.py", "download_data.py", "image_annotate.py"]
 SCRIPTS += ["tools.report", "tools.benchmark", "tools.figures", "tools.ablation"]
-SMALL = "--network quick --augmentation affine --batch-size 16 --epochs 1 --device cpu --precision fp32 --no-download"
+SMALL = "--network small --augmentation affine --batch-size 16 --epochs 1 --device cpu --precision fp32 --no-download"
 SMALL = SMALL.split()
 SIDES = ("source", "target")
 
@@ -71,7 +71,7 @@ def test_what_a_dry_run_says(dry_run, result):
     assert (result["recipe"], result["seed"], result["epochs"]) == ("dann", 0, 2)
     assert (result["source_total"], result["target_total"]) == (23, 37)
     assert (result["device"], result["dry_run"]) == ("cpu", True)
-    assert result["steps"] == 2, "two epochs of one step: 64 images in a batch of 128"
+    assert result["steps"] == 2, "two epochs of one step: 64 images in a batch of 64"
     assert result["command"].startswith("python main.py --dry-run --data-dir ")
     header, *lines, _ = done.stdout.splitlines()
     assert header.split() == ["test", "set", "accuracy", "correct", "/", "total"]
@@ -101,7 +101,9 @@ def test_files_of_a_run_folder(dry_run, result, tiny_data):
 
     weights, state = weights_of(folder), state_of(folder)
     torch.testing.assert_close(weights, state["model"], rtol=0, atol=0)
-    assert sum(weight.numel() for weight in weights.values()) == result["parameters"]
+    statistics = re.compile("running_|source_|batches")  # of batch norm
+    sizes = [weight.numel() for name, weight in weights.items() if not statistics.search(name)]
+    assert sum(sizes) == result["parameters"]
     assert (state["epoch"], state["step"]) == (2, 0)
 
 
@@ -109,14 +111,17 @@ def test_metrics_of_a_run_folder(dry_run, result):
     first, last = records = records_of(dry_run[1])
     assert [record["epoch"] for record in records] == [1, 2]
     assert [record["p"] for record in records] == [0.5, 1.0]
-    # λ_p and the rates of the steps that were done, at p = 0 and 0.5.
+    # λ_p and the rates of the steps that were done, at p = 0 and 0.5, when a rise in a tenth of the run is over.
     assert [record["lambda_p"] for record in records] == [0, pytest.approx(2 / (1 + math.exp(-5)) - 1)]
-    assert [record["learning_rate"] for record in records] == [0.01, pytest.approx(0.01 / 6**0.75)]
+    assert [record["learning_rate"] for record in records] == [
+        0,
+        pytest.approx(0.002 * (1 + math.cos(math.pi * 4 / 9)) / 2),
+    ]
     for side in SIDES:
         assert last[f"{side}_accuracy"] == result[f"{side}_accuracy"]
-    # Small random weights know nothing: ten classes, and two domains whose losses are summed.
-    assert first["loss_label"] == pytest.approx(math.log(10), rel=0.02)
-    assert first["loss_domain"] == pytest.approx(2 * math.log(2), rel=0.02)
+    # Random weights know nothing: ten classes, and two domains whose losses are summed.
+    assert first["loss_label"] == pytest.approx(math.log(10), rel=0.1)
+    assert first["loss_domain"] == pytest.approx(2 * math.log(2), rel=0.1)
     assert 0 <= first["domain_accuracy"] <= 1
 
 
@@ -129,14 +134,14 @@ def events(dry_run):
 def test_curves_in_tensorboard(events, dry_run):
     expected = {"schedule/p", "schedule/lambda_p", "schedule/learning_rate"}
     expected |= {"train/loss_label", "train/loss_domain", "train/domain_accuracy", "train/images_per_second"}
-    expected |= {"test/source_accuracy", "test/target_accuracy"}
+    expected |= {"test/source_accuracy", "test/target_accuracy", "features/proxy_a_distance"}
     expected |= {f"gradient_norm/{part}" for part in ("extractor", "classifier", "discriminator")}
     expected |= {f"target/{signal}" for signal in ("entropy", "diversity", "smallest_class_share")}
     curves = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert curves.keys() == expected
     assert all(map(math.isfinite, itertools.chain(*curves.values())))
     assert all(value > 0 for value in curves["gradient_norm/classifier"] + curves["gradient_norm/discriminator"])
-    for name, value in (("p", 0), ("lambda_p", 0), ("learning_rate", 0.01)):
+    for name, value in (("p", 0), ("lambda_p", 0), ("learning_rate", 0)):
         assert events.Scalars(f"schedule/{name}")[0].step == 0
         assert curves[f"schedule/{name}"][0] == pytest.approx(value)
     records = records_of(dry_run[1])
@@ -148,15 +153,15 @@ def test_curves_in_tensorboard(events, dry_run):
 
 def test_images_in_tensorboard(events):
     inputs = ["images/source", "images/target"]
-    learnt = ["features/both_domains", "target/confusion", "target/misclassified"]
+    learnt = ["features/both_domains", "features/plane", "target/confusion", "target/misclassified"]
     assert sorted(events.Tags()["images"]) == sorted(inputs + learnt)
     pictures = []
     for tag in inputs:
         (event,) = events.Images(tag)
         assert event.step == 0
         pictures.append(np.array(Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB")))
-        # 64 images of 28 pixels in rows of 16, two pixels between them and around
-        assert pictures[-1].shape == (4 * 30 + 2, 16 * 30 + 2, 3)
+        # 64 images of 32 pixels in rows of 16, two pixels between them and around
+        assert pictures[-1].shape == (4 * 34 + 2, 16 * 34 + 2, 3)
     source, target = pictures
     assert (target[..., 0] == target[..., 2]).all(), "MNIST is grey"
     assert (source[..., 0] != source[..., 2]).any(), "SVHN has colours"

@@ -15,7 +15,7 @@ def teacher_of(model: nn.Module) -> Teacher:
 
 def test_the_average_against_a_loop_over_its_definition():
     torch.manual_seed(0)
-    model = build_network("quick")
+    model = build_network("small")
     teacher = teacher_of(model)
     expected = {name: value.clone().double() for name, value in model.state_dict().items()}
     for n in range(1, 60):
@@ -44,7 +44,7 @@ def test_it_predicts_in_eval_mode_and_takes_no_gradient():
 def test_alignment_against_its_formula_and_a_lost_class_comes_back(kappa):
     """A network that likes class 3 and hardly ever predicts 7 has its labels drawn towards equal shares."""
     torch.manual_seed(0)
-    teacher, mean, bias = teacher_of(build_network("quick")), torch.full((10,), 0.1), torch.zeros(10)
+    teacher, mean, bias = teacher_of(build_network("small")), torch.full((10,), 0.1), torch.zeros(10)
     bias[3], bias[7] = 2.0, -3.0
     for _ in range(400):
         q = (torch.randn(64, 10) + bias).softmax(1)

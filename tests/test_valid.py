@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("no_fetch")
 def classifier():
     """A network with dropout and running statistics of its own, as if it had been trained."""
     torch.manual_seed(0)
-    model = build_network("quick", dropout=0.5)
+    model = build_network("small", dropout=0.5)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.5)
@@ -95,6 +95,20 @@ def test_probabilities_are_a_softmax_and_testing_changes_nothing(monkeypatch, cl
     torch.testing.assert_close(rough.sum(1), torch.ones(23), rtol=0, atol=1e-5)
     assert not torch.equal(rough, found), "autocast did nothing"
     torch.testing.assert_close(rough, found, rtol=0, atol=0.25)
+
+
+def test_each_domain_is_tested_with_its_own_statistics(classifier, images):
+    """The source's for the source alone; the target's for every other domain."""
+    for norm in classifier.model.extractor.domain_norms:
+        norm.source_mean.normal_(0, 0.5)
+    classifier = dataclasses.replace(classifier, source="svhn", target="mnist")
+    by_source, by_target = (classifier.probabilities(images, domain) for domain in ("source", "target"))
+    assert not torch.equal(by_source.argmax(1), by_target.argmax(1))
+    for name, expected in (("svhn", by_source), ("mnist", by_target), ("usps", by_target)):
+        digits = DigitSet(name, "test", images, torch.zeros(23, dtype=torch.int64), "", {})
+        assert torch.equal(valid.evaluate(classifier, digits).predicted, expected.argmax(1))
+        assert torch.equal(valid.evaluate(classifier, digits, "source").predicted, by_source.argmax(1))
+    assert torch.equal(classifier.probabilities(images), by_target)
 
 
 def test_confusion_on_screen():
@@ -198,7 +212,7 @@ def test_weights_fit_whatever_dropout_they_were_trained_with(network):
 def test_weights_need_no_more_beside_them_than_their_use(validate, quick_run, tmp_path):
     weights, about = load_weights(quick_run / "model.safetensors")
     about = {**about, "preprocessing": dict(about["preprocessing"]), "training": {"a_setting_of_tomorrow": [1]}}
-    assert about.keys() == usage("quick", PER_IMAGE, "svhn", "mnist", "fp32", {}).keys()
+    assert about.keys() == usage("small", PER_IMAGE, "svhn", "mnist", "fp32", {}).keys()
     save_weights(tmp_path / "bare.safetensors", weights, about)
     assert counts_of(validate("--weights", tmp_path / "bare.safetensors")[0]) == expected_counts(quick_run)
     assert load_classifier(str(tmp_path / "bare.safetensors"), CPU).training == about["training"]

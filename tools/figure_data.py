@@ -42,9 +42,9 @@ class Network:
         """The domains it was trained for."""
         return f"{self.classifier.source} → {self.classifier.target}"
 
-    def features(self, images: Tensor) -> np.ndarray:
-        """What the extractor makes of images. Shape: (N, C, H, W) uint8 -> (N, F) float32"""
-        return self.classifier.features(images).cpu().numpy()
+    def features(self, images: Tensor, domain: str = "target") -> np.ndarray:
+        """What the extractor makes of images of a domain. Shape: (N, C, H, W) uint8 -> (N, F) float32"""
+        return self.classifier.features(images, domain).cpu().numpy()
 
 
 def training_command(settings: Config, folder: Path, method: str | None = None) -> str:

@@ -1,109 +1,16 @@
-"""The features of two domains: two numbers that say how mixed they are, and their picture in the plane."""
+"""The features of the figures' networks, without and with gradient reversal."""
 
-import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression
-from sklearn.manifold import TSNE
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.neighbors import NearestNeighbors
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from tools.figure_data import Domains, Network, sample
 from utils.cli import UserError
-from watch.plots import DIGITS, SOURCE, TARGET, new_figure, without_frame
+from watch.features import NEIGHBOURS, SEED, draw_features, features_figure
 
 SAMPLES = 3000  # half of each domain
-NEIGHBOURS = 10
-FOLDS = 5
-SEED = 0
 
 
-def proxy_a_distance(f_s: np.ndarray, f_t: np.ndarray) -> float:
-    """How well a linear classifier tells the domains apart: 2(1 − 2ε), ε its error on samples that it has not seen.
-
-    Source: Ben-David et al., "Analysis of Representations for Domain Adaptation" (NIPS 2006); used for features in
-    Ganin et al., JMLR 17(59), section 3.
-
-    Note: the classifier is a logistic regression on standardised features, not a support vector machine; ε is the
-    error over five held-out fifths. An ε above 1/2 is chance and counts as 1/2.
-
-    Shape: (N, F), (M, F) -> a number from 0 (no better than chance) to 2 (always right)
-    """
-    features, domains = np.concatenate((f_s, f_t)), np.repeat((0, 1), (len(f_s), len(f_t)))
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=SEED)
-    error = np.mean(cross_val_predict(classifier, features, domains, cv=folds) != domains)
-    return float(2 * (1 - 2 * min(error, 0.5)))
-
-
-def neighbour_share(f_s: np.ndarray, f_t: np.ndarray, neighbours: int = NEIGHBOURS) -> float:
-    """Share of each sample's nearest neighbours that come from the other domain, averaged over all samples.
-
-    Euclidean distance in feature space, the sample itself left out.
-
-    Shape: (N, F), (M, F) -> a number from 0 (apart) to about 0.5 (mixed, for N = M)
-    """
-    features, domains = np.concatenate((f_s, f_t)), np.repeat((0, 1), (len(f_s), len(f_t)))
-    nearest = NearestNeighbors(n_neighbors=neighbours).fit(features).kneighbors(return_distance=False)
-    return float(np.mean(domains[nearest] != domains[:, None]))
-
-
-def same_digit_share(f_s: np.ndarray, y_s: np.ndarray, f_t: np.ndarray, y_t: np.ndarray) -> float:
-    """Share of target samples whose nearest source sample shows the same digit.
-
-    Shape: (N, F), (N,), (M, F), (M,) -> a number in [0, 1]
-    """
-    nearest = NearestNeighbors(n_neighbors=1).fit(f_s).kneighbors(f_t, return_distance=False)[:, 0]
-    return float(np.mean(y_s[nearest] == y_t))
-
-
-def plane(features: np.ndarray) -> np.ndarray:
-    """t-SNE: near in feature space is near in the plane; distances between clusters mean nothing.
-
-    Shape: (N, F) -> (N, 2)
-    """
-    if min(features.shape) > 50:  # van der Maaten's own first step; distances hardly change
-        features = PCA(50, random_state=SEED).fit_transform(features)
-    perplexity = min(30, (len(features) - 1) / 3)
-    return TSNE(perplexity=perplexity, init="pca", random_state=SEED, n_jobs=1).fit_transform(features)
-
-
-def densest(points: np.ndarray) -> np.ndarray:
-    """The point with the nearest tenth of all the others closest around it: where a cluster bears its name."""
-    count = max(1, len(points) // 10)
-    distances, _ = NearestNeighbors(n_neighbors=count).fit(points).kneighbors(points)
-    return points[distances[:, -1].argmin()]
-
-
-def draw_domains(axes: Axes, points: np.ndarray, sources: int) -> None:
-    """Points coloured by domain; the first `sources` are the source's."""
-    colours = np.repeat((SOURCE, TARGET), (sources, len(points) - sources))
-    order = np.random.default_rng(SEED).permutation(len(points))  # else one domain would cover the other
-    axes.scatter(points[order, 0], points[order, 1], 5, colours[order], alpha=0.7, linewidths=0)
-
-
-def draw_digits(axes: Axes, points: np.ndarray, digits: np.ndarray, sources: int) -> None:
-    """Points coloured by digit, and numerals where most of a digit's source and of its target points are."""
-    order = np.random.default_rng(SEED).permutation(len(points))
-    axes.scatter(points[order, 0], points[order, 1], 5, np.array(DIGITS)[digits[order]], alpha=0.7, linewidths=0)
-    places: list[np.ndarray] = []
-    for part in (slice(sources), slice(sources, None)):
-        for digit in np.unique(digits[part]):
-            place = densest(points[part][digits[part] == digit])
-            if all(np.abs(place - other).max() > 0.07 * np.ptp(points) for other in places):  # not over each other
-                places.append(place)
-                look = {"facecolor": "white", "edgecolor": DIGITS[digit], "linewidth": 1.5}
-                box = {"boxstyle": "circle,pad=0.15", **look}
-                x, y = place
-                axes.text(x, y, str(digit), ha="center", va="center", fontsize=9, fontweight="bold", bbox=box)
-
-
-def features_figure(networks: list[Network], domains: Domains) -> tuple[Figure, list[dict]]:
-    """The features of each network, coloured by domain and by digit; and the numbers under the pictures."""
+def compared_features(networks: list[Network], domains: Domains) -> tuple[Figure, list[dict[str, float]]]:
+    """The features of each network, coloured by domain and by digit; and the numbers beside the pictures."""
     sources = len(domains.source_test) + len(domains.source_train)
     targets = len(domains.target_test) + len(domains.target_train)
     half = min(SAMPLES // 2, sources, targets)
@@ -111,39 +18,11 @@ def features_figure(networks: list[Network], domains: Domains) -> tuple[Figure, 
         raise UserError(f"{half} images of a domain are too few for a figure: download the whole set again")
     x_s, y_s = sample(domains.source_test, domains.source_train, half, SEED)
     x_t, y_t = sample(domains.target_test, domains.target_train, half, SEED)
-    digits = np.concatenate((y_s, y_t))
-    figure = new_figure(0.95 + 4.3 * len(networks))
-    grid = figure.subplots(len(networks), 2, squeeze=False)
-    numbers = []
-    for row, network in zip(grid, networks, strict=True):
-        f_s, f_t = network.features(x_s), network.features(x_t)
-        found = {
-            "samples": 2 * half,
-            "features": f_s.shape[1],
-            "proxy_a_distance": round(proxy_a_distance(f_s, f_t), 3),
-            "neighbour_share": round(neighbour_share(f_s, f_t), 4),
-            "same_digit_share": round(same_digit_share(f_s, y_s.numpy(), f_t, y_t.numpy()), 4),
-        }
-        numbers.append(found)
-        points = plane(np.concatenate((f_s, f_t)))
-        draw_domains(row[0], points, half)
-        draw_digits(row[1], points, digits, half)
-        distance, share = found["proxy_a_distance"], found["neighbour_share"]
-        row[0].set_xlabel(f"proxy A-distance {distance:.2f},  other-domain neighbours {share:.1%}")
-        row[1].set_xlabel(f"nearest source sample has the same digit: {found['same_digit_share']:.1%} of target")
-        row[0].set_title(f"{network.label}, by domain")
-        row[1].set_title(f"{network.label}, by digit")
-        for axes in row:
-            without_frame(axes)
-    marks = [(SOURCE, f"{domains.source_test.domain} (source)"), (TARGET, f"{domains.target_test.domain} (target)")]
-    dots = [Line2D([], [], marker="o", linestyle="", color=colour, label=label) for colour, label in marks]
-    figure.legend(handles=dots, loc="outside upper center", ncols=2, frameon=False)
-    figure.supxlabel(
-        f"t-SNE of {2 * half:,} samples, half of each domain. Proxy A-distance 2(1 − 2ε), ε the held-out error of a "
-        "linear domain\nclassifier: 2 where it always tells the domains apart, 0 where it can't. Other-domain "
-        f"neighbours: the share of each\nsample's {NEIGHBOURS} nearest that come from the other domain: 50 % where the "
-        "domains are mixed. Both in feature space.",
-        fontsize=9,
-        linespacing=1.4,
-    )
+    figure, grid = features_figure(len(networks), domains.source_test.domain, domains.target_test.domain, 2 * half)
+    numbers = [
+        draw_features(
+            row, network.label, network.features(x_s, "source"), y_s.numpy(), network.features(x_t), y_t.numpy()
+        )
+        for row, network in zip(grid, networks, strict=True)
+    ]
     return figure, numbers

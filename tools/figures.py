@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from tools.figure_architecture import architecture_figure
 from tools.figure_curves import curves_figure
 from tools.figure_data import Network, load_domains, load_network, side_by_side
-from tools.figure_features import features_figure
+from tools.figure_features import compared_features
 from tools.figure_samples import samples_figure
 from utils import machine
 from utils.cli import run_script, say, script_parser
@@ -82,7 +82,7 @@ def draw(networks: list[Network], args: argparse.Namespace) -> dict:
         predictions = {name: outcome.predicted for name, outcome in tested.items()}
         figure, counts = misclassified_figure(predictions, target, run.classifier.preprocess.image_size)
         save("misclassified", figure)
-        figure, features = features_figure(networks, domains)
+        figure, features = compared_features(networks, domains)
         save("features", figure)
     for entry, outcome, found in zip(numbers, tested.values(), features, strict=True):
         entry |= {"target_correct": outcome.correct, "target_total": outcome.total, **found}

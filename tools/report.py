@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from methods.recipes import RECIPES
 from tools.report_ablation import FILE as ABLATION
 from tools.report_ablation import ablation_report
 from tools.report_speed import speed_report
@@ -22,32 +23,28 @@ from utils.files import write_atomically
 ROOT = Path(__file__).resolve().parent.parent
 REPORTED = json.loads((ROOT / "tools" / "reported_numbers.json").read_text(encoding="utf-8"))  # by others, in %
 PAIRS = list(dict.fromkeys((entry["source"], entry["target"]) for entry in REPORTED))  # to show before other pairs
-SUBSET_NOTE = "SVHN numbers are of a subset that contains official test digits; they will be replaced."
+UNOFFICIAL = re.compile(
+    r" unofficial, [\d,]+"
+)  # in the name of data that is complete, but in files of another checksum
+UNOFFICIAL_NOTE = (
+    "\\* All images of the official split, in other files: [docs/reproducing.md](docs/reproducing.md#data-files)."
+)
 LEAST_RUNS = 3  # of a row in the README
 
 DATA = ["source", "target", "source_mark", "target_mark", "source_test_mark", "target_test_mark"]
 COUNTS = [f"{domain}_{name}" for domain in ("source", "target") for name in ("accuracy", "correct", "total")]
 OTHERS = ["method", "recipe", "seed", "epochs", "seconds", "device", "machine", "precision", "command", "config"]
-COSTS = ["seconds_to", "operations", "parameters", "threads"]  # which old records may lack
+COSTS = ["seconds_to", "operations", "parameters", "threads"]
+BY_SOURCE = "target_correct_by_source_statistics"  # only of source only, by a network with both domains' statistics
 
-# Settings that a record also has at its top, where the precision is the one used; those of `modern` as a whole, since
-# they are looked at one by one; and those that only some records have, with the same value for each network.
-NOT_COMPARED = {
-    "source", "target", "method", "recipe", "seed", "epochs", "precision", "modern",
-    "image_size", "momentum", "lr_alpha", "lr_beta", "gamma",
-}  # fmt: skip
+# Settings that a record also has at its top, where the precision is the one used; and those of `modern` as a whole,
+# which are looked at one by one.
+NOT_COMPARED = {"source", "target", "method", "recipe", "seed", "epochs", "precision", "modern"}
 # Settings that change nothing in a bound: those of gradient reversal, and of the teacher all but its average.
 ADAPTATION = {
     "lambda_max", "lambda_schedule", "lambda_update", "clip_norm", "balance_classes", "domain_loss",
     "adversary", "teacher_views", "teacher_weight", "teacher_start", "perturbation", "warp", "alignment",
     "alignment_until", "alignment_after", "confidence",
-}  # fmt: skip
-# Settings that some records lack, with the value that does the same there.
-DOING_WITHOUT = {
-    "epoch_steps": 0, "target_strong_share": 1.0, "strong_until": 1.0, "label_smoothing": 0.0, "teacher_decay": 0.0,
-    "lambda_schedule": "rising", "balance_classes": False, "adversary": "marginal", "teacher_views": "weak",
-    "teacher_weight": 0.0, "teacher_start": 0.1, "perturbation": 0.0, "warp": 0.0, "alignment": 0.0,
-    "alignment_until": 1.0, "alignment_after": 0.0, "confidence": 0.9,
 }  # fmt: skip
 USUAL_FLAGS = (
     "--recipe", "--source", "--target", "--method", "--seed", "--threads", "--run-dir", "--data-dir", "--device",
@@ -62,24 +59,24 @@ def run_of(record: Record) -> Record:
         raise UserError(f"{where} is a dry run or no training run at all, which is not a result")
     if missing or record["method"] not in METHOD_NAMES:
         raise UserError(f"{where} lacks {', '.join(missing) or 'a method of ' + ', '.join(METHOD_NAMES)}")
-    run: Record = {**dict.fromkeys(COSTS), **record}
+    run: Record = {**dict.fromkeys(COSTS), BY_SOURCE: float("nan"), **record}
     for domain in ("source", "target"):
         share, correct, total = (record[f"{domain}_{name}"] for name in ("accuracy", "correct", "total"))
         # The tables use the counts, which are exact; the fraction may have been rounded to two digits.
         if not 0 <= correct <= total > 0 or not abs(share - correct / total) <= 0.005:
             raise UserError(f"{where}: a {domain}_accuracy of {share} does not fit {correct} / {total}")
         run[f"{domain}_percent"] = 100 * correct / total
+    run["percent_by_source"] = 100 * run[BY_SOURCE] / record["target_total"]
     flat = sorted((run["config"] | (run["config"].get("modern") or {})).items())
-    settings = [item for item in flat if item[0] not in NOT_COMPARED and DOING_WITHOUT.get(item[0], ...) != item[1]]
+    settings = [item for item in flat if item[0] not in NOT_COMPARED]
     data, shared = [run[key] for key in DATA], [item for item in settings if item[0] not in ADAPTATION]
-    run["official"] = not any("," in mark for mark in data)  # other data is named with its size
     run["device"] = run["device"].split(":")[0]
     run["pair"] = tuple(data)
     run["bounds"] = json.dumps([data, run["recipe"], run["epochs"], shared])  # the same in a row and in its bounds
     own = settings if run["method"] == "dann" else shared
     run["row"] = json.dumps([run["bounds"], run["method"], own, run["device"], run["precision"]])
     place = PAIRS.index(run["pair"][:2]) if run["pair"][:2] in PAIRS else len(PAIRS)
-    recipe = (run["recipe"] == "modern", run["recipe"], -run["epochs"])  # plain methods first
+    recipe = (list(RECIPES).index(run["recipe"]), -run["epochs"])
     method = list(METHOD_NAMES).index(run["method"])
     run["order"] = (place, data, *recipe, run["bounds"], method, run["row"], run["seed"])
     return run
@@ -136,7 +133,13 @@ def bound(row: pd.DataFrame, method: str, runs: pd.DataFrame) -> pd.DataFrame:
     run = row.iloc[0]
     found = runs[(runs.method == method) & (runs.bounds == run.bounds)]
     alike = found[(found.device == run.device) & (found.precision == run.precision)]
-    return (found if alike.empty else alike).drop_duplicates("seed")
+    return better((found if alike.empty else alike).drop_duplicates("seed"))
+
+
+def better(row: pd.DataFrame) -> pd.DataFrame:
+    """A row with the batch statistics that are better on the target: of source only its own or the source's."""
+    by_source = row.percent_by_source
+    return row.assign(target_percent=by_source) if by_source.mean() > row.target_percent.mean() else row
 
 
 def unusual_flags(row: pd.DataFrame) -> list[str]:
@@ -146,24 +149,20 @@ def unusual_flags(row: pd.DataFrame) -> list[str]:
 
 
 def row_names(rows: list[pd.DataFrame]) -> list[str]:
-    """What the README calls each row of a pair: its network, and in what it differs from others with the same."""
+    """What the README calls each row of a pair: its recipe, and in what it differs from others with the same."""
     names = []
     for row in rows:
         run = row.iloc[0]
-        plain = f"DANN, network {run.config.get('network', run.recipe)}"
-        flags = [code(flag) for flag in unusual_flags(row) if not flag.startswith(("--network", "--epochs"))]
-        more = [*flags, f"recipe {run.recipe}", f"{run.epochs} epochs", run.precision, run.device]
-        names.append(("modern (EMA teacher + reversal)" if run.recipe == "modern" else plain, more))
+        flags = [code(flag) for flag in unusual_flags(row) if not flag.startswith("--epochs")]
+        more = [*flags, f"{run.epochs} epochs", run.precision, run.device]
+        name = "modern (EMA teacher + reversal)" if run.recipe == "modern" else f"DANN, recipe {run.recipe}"
+        names.append((name, more))
     common = {name: set.intersection(*(set(more) for other, more in names if other == name)) for name, _ in names}
     return [", ".join([name, *(part for part in more if part not in common[name])]) for name, more in names]
 
 
 def pair_name(run: pd.Series) -> str:
-    return escape(f"{run.source_mark} → {run.target_mark}")
-
-
-def notes(runs: pd.DataFrame) -> list[str]:
-    return [SUBSET_NOTE] if any("SVHN subset" in mark for pair in runs["pair"] for mark in pair) else []
+    return f"{run.source_mark} → {run.target_mark}"
 
 
 def note_of(entry: Record) -> str:
@@ -185,14 +184,14 @@ def readme_report(runs: pd.DataFrame) -> str:
         rows = [row for row in rows_of(pair[pair.method == "dann"]) if len(row) >= LEAST_RUNS]
         for row, name in zip(rows, row_names(rows), strict=True):
             lines.append({
-                "Pair": pair_name(row.iloc[0]),
+                "Pair": escape(UNOFFICIAL.sub("*", pair_name(row.iloc[0]))),
                 "Method": name,
                 "Source only": accuracy(bound(row, "source-only", pair).target_percent),
                 "Adapted": accuracy(row.target_percent),
                 "Trained on target": accuracy(bound(row, "target-only", pair).target_percent),
                 "Paper: source only → DANN → on target": paper_cell(row.iloc[0]),
             })  # fmt: skip
-    return "\n\n".join([markdown(lines), *notes(runs)])
+    return "\n\n".join([markdown(lines), *[UNOFFICIAL_NOTE] * any("*" in line["Pair"] for line in lines)])
 
 
 def pair_report(pair: pd.DataFrame) -> str:
@@ -201,18 +200,19 @@ def pair_report(pair: pd.DataFrame) -> str:
     for row in rows_of(pair):
         run, flags, name = row.iloc[0], unusual_flags(row), METHOD_NAMES[row.iloc[0].method]
         seeds, machines = ", ".join(map(str, row.seed)), "; ".join(row.machine.unique())
+        by_source = f"; by the source's statistics {accuracy(row.percent_by_source)}"
         how = f"{run.epochs} epochs, {row.seconds.median():,.0f} s on {machines} ({run.device}, {run.precision})"
         lines.append({
             "Method": f"{name}, recipe {run.recipe}" + f", {code(' '.join(flags))}" * bool(flags),
             "Source test, %": accuracy(row.source_percent),
-            "Target test, %": accuracy(row.target_percent),
+            "Target test, %": accuracy(row.target_percent) + by_source * bool(row.percent_by_source.notna().any()),
             "Gain": gain(row, bound(row, "source-only", pair)) if run.method == "dann" else "",
             "Runs": escape(f"seed{'s' * (len(row) > 1)} {seeds}; {how}"),
             "Command": code(re.sub(r"\s--(run-dir|seed)[ =](?:'[^']*'|[^\s'])+", "", run.command)),
         })  # fmt: skip
     file = f"{run.source}-{run.target}.jsonl"
     tests = escape(f"Source test: {run.source_test_mark}; target test: {run.target_test_mark}.")
-    return f"## {pair_name(run)}\n\n{tests} Every run: [{file}](../results/{file}).\n\n{markdown(lines)}"
+    return f"## {escape(pair_name(run))}\n\n{tests} Every run: [{file}](../results/{file}).\n\n{markdown(lines)}"
 
 
 def cost_report(runs: pd.DataFrame) -> str:
@@ -225,7 +225,7 @@ def cost_report(runs: pd.DataFrame) -> str:
             some = f" ({len(times)} of {len(row)})" * (len(times) < len(row))
             reached[f"s to {percent} %"] = f"{times.median():,.0f}{some}" if len(times) else "never"
         lines.append({
-            "Pair": pair_name(run),
+            "Pair": escape(pair_name(run)),
             **reached,
             "s in all (slowest)": f"{row.seconds.median():,.0f} ({row.seconds.max():,.0f})",
             "TFLOP": f"{run.operations / 1e12:.0f}",
@@ -236,26 +236,30 @@ def cost_report(runs: pd.DataFrame) -> str:
 
 
 def reported_report(runs: pd.DataFrame) -> str:
-    """What others reported, and what of it was run here on the official data."""
-    keys = ["source", "target", "recipe", "method"]
-    done = runs[runs.official][keys].to_numpy().tolist()
-    lines = [
-        {
+    """What others reported, and beside it the runs here by the recipe that is compared with it."""
+    lines = []
+    for entry in REPORTED:
+        here = runs[(runs[["source", "target", "recipe", "method"]] == pd.Series(entry)[:4]).all(axis=1)]
+        rows = [
+            f"{row.source_percent.mean():.2f} / {accuracy(better(row).target_percent)}, {row.iloc[0].epochs} epochs"
+            for row in rows_of(
+                here[~here.source_mark.str.contains("subset") & ~here.target_mark.str.contains("subset")]
+            )
+        ]
+        lines.append({
             "Pair": f"{entry['source']} → {entry['target']}",
-            "Method": f"{METHOD_NAMES[entry['method']]}, recipe {entry['recipe']}",
+            "Method": METHOD_NAMES[entry["method"]],
             "By": entry["by"] + note_of(entry),
             "Source / target test, %": f"{entry['source_accuracy'] or '–'} / {entry['target_accuracy']}",
-            "Here, on official data": "above" if [entry[key] for key in keys] in done else "not run",
-        }
-        for entry in REPORTED
-    ]
+            "Here": f"recipe {entry['recipe']}: {'; '.join(rows) or 'not run'}",
+        })  # fmt: skip
     return f"## Reported by others\n\n{markdown(lines)}"
 
 
 def docs_report(runs: pd.DataFrame) -> str:
     """All that docs/results.md shows but the ablation."""
     pairs = [pair_report(pair) for _, pair in runs.groupby(DATA, sort=False)]
-    return "\n\n".join([*notes(runs), *pairs, cost_report(runs), reported_report(runs)])
+    return "\n\n".join([*pairs, cost_report(runs), reported_report(runs)])
 
 
 def with_part(page: Path, text: str, name: str, body: str) -> str:

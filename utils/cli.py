@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from tqdm import tqdm
+
 
 class UserError(Exception):
     """A mistake or a fault that the user can fix: one line that says what is wrong and how to fix it."""
@@ -44,7 +46,7 @@ def started_by_torchrun() -> bool:
 def say(text: str = "") -> None:
     """Print a line for people: stderr, so that stdout ends with the result alone. Of several processes one speaks."""
     if is_first_process():
-        print(text, file=sys.stderr, flush=True)
+        tqdm.write(text, sys.stderr)  # above a progress bar, where there is one
 
 
 class StopRequest:

@@ -50,19 +50,21 @@ class Board:
         self.compare(step, *features)
         if self.run.epoch == self.config.warm_start_epochs + self.config.epochs:
             self.embed(step, *features)
+            self.show_features(step, *features)
             self.show_predictions(step, tested)
             self.log.hyper_parameters(all_settings(self.config), accuracies)
 
     def features(self) -> list[Tensor]:
         """Of the images of each domain, by the extractor in eval mode. Shape: -> two of (N, F), float32 on the CPU"""
-        return [self.classifier.features(part.images).cpu() for part in self.parts]
+        source, target = (part.images for part in self.parts)
+        return [self.classifier.features(source, "source").cpu(), self.classifier.features(target).cpu()]
 
     def embed(self, step: int, f_s: Tensor, f_t: Tensor) -> None:
         """The features in the projector, with domain, digit and prediction, and the images as thumbnails."""
         resize = self.classifier.preprocess.resize
         rows = []
-        for part in self.parts:
-            predicted = self.classifier.probabilities(part.images).argmax(1)
+        for part, domain in zip(self.parts, ("source", "target"), strict=True):
+            predicted = self.classifier.probabilities(part.images, domain).argmax(1)
             for digit, answer in zip(part.labels.tolist(), predicted.tolist(), strict=True):
                 rows.append((part.domain, digit, answer, "yes" if answer == digit else "no"))
         thumbnails = torch.cat([resize(part.images).expand(-1, 3, -1, -1) for part in self.parts])
@@ -76,6 +78,20 @@ class Board:
         names = [part.domain for part in self.parts]
         self.log.histograms(step, {f"features/source_{names[0]}": f_s, f"features/target_{names[1]}": f_t})
         self.log.figure("features/both_domains", step, histograms_figure(f_s, f_t, *names))
+
+    def show_features(self, step: int, f_s: Tensor, f_t: Tensor) -> None:
+        """The features of both domains in the plane, and how well a fresh linear probe tells the domains apart."""
+        from watch.features import NEIGHBOURS, draw_features, features_figure  # with scikit-learn, another second
+
+        if min(len(f_s), len(f_t)) <= NEIGHBOURS:
+            return
+        source, target = self.parts
+        figure, (row,) = features_figure(1, source.domain, target.domain, len(f_s) + len(f_t))
+        numbers = draw_features(
+            row, self.config.method, f_s.numpy(), source.labels.numpy(), f_t.numpy(), target.labels.numpy()
+        )
+        self.log.figure("features/plane", step, figure)
+        self.log.scalars(step, {"features/proxy_a_distance": numbers["proxy_a_distance"]})
 
     def show_predictions(self, step: int, tested: Evaluation) -> None:
         """The confusion matrix on the target's test set, and digits of it that are misclassified."""

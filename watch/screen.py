@@ -18,6 +18,13 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + "s" * (number != 1)
 
 
+def duration(seconds: float) -> str:
+    """A time in words: 45 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def print_header(run: Run, config: Config, pair: Pair, device: torch.device) -> None:
     """What the run is made with."""
     session = run.sessions[-1]

@@ -19,9 +19,10 @@ from utils.distributed import Processes
 from watch.board import Board
 from watch.log import RunLog, SilentLog
 from watch.records import epoch_record, images_per_step, label_free_signals
-from watch.screen import epoch_line
+from watch.screen import counted, duration, epoch_line
 
 LOG_EVERY_STEPS = 50
+TIMED_STEPS = 20  # from which the time of the whole run is estimated
 SIGNAL_IMAGES = 2000
 COLLAPSED_SHARE = 0.01  # a class that fewer target images are predicted as has been lost
 
@@ -46,7 +47,9 @@ class Watcher:
     ):
         self.config, self.loader, self.pair, self.classifier, self.go_on = config, loader, pair, classifier, go_on
         self.epochs = config.warm_start_epochs + config.epochs
-        self.shows_bar = processes.writes
+        self.steps = self.epochs * loader.steps
+        disable = None if processes.writes else True  # None is silent where there is no terminal
+        self.bar = tqdm(total=self.steps, initial=run.steps_done, unit="step", leave=False, disable=disable)
         self.tested: tuple[Evaluation, Evaluation] | None = None  # of the last epoch
         self.seconds_before, self.started = run.seconds, time.perf_counter()
         self.steps_at_start = run.steps_done
@@ -57,10 +60,11 @@ class Watcher:
             self.board.embed(0, *self.board.features())
 
     def progress_bar(self, run: Run, batches: Iterator) -> Iterator:
-        """The batches of the epoch, with a bar where there is a terminal."""
-        title = f"epoch {run.epoch + 1}/{self.epochs}"
-        disable = None if self.shows_bar else True  # None is silent where there is no terminal
-        return tqdm(batches, title, self.loader.steps, False, initial=run.step, disable=disable)
+        """The batches of the epoch, with a bar of the whole run where there is a terminal."""
+        self.bar.set_description(f"epoch {run.epoch + 1}/{self.epochs}")
+        for batch in batches:
+            yield batch
+            self.bar.update()
 
     def start_clock(self, run: Run) -> None:
         """The steps of an epoch begin."""
@@ -104,6 +108,16 @@ class Watcher:
             self.log.images("images/target", 0, x_t.view(-1, *x_s.shape[1:])[: len(x_s)][:64])  # of views the first
         if number == self.steps_at_start:
             say(f"first step {machine.seconds_since_start():.1f} s after the start")
+            self.first_step_done = time.perf_counter()
+        elif number == self.steps_at_start + TIMED_STEPS:
+            left = self.steps - number
+            seconds = (time.perf_counter() - self.first_step_done) / TIMED_STEPS * left
+            say(f"{counted(left, 'step')} to go: about {duration(seconds)}, without the tests after epochs")
+
+    def close(self) -> None:
+        """The training has ended, or was interrupted."""
+        self.bar.close()
+        self.log.close()
 
     def epoch(self, run: Run, means: dict[str, float], source: Evaluation, target: Evaluation) -> None:
         """Record the epoch that the run has just ended.
