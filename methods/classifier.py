@@ -108,15 +108,6 @@ def usage(network: str, preprocess: Preprocessing, source: str, target: str, pre
     }
 
 
-def _with_usage(about: dict) -> dict:
-    """The same of a file that keeps all settings of its training in place of `usage`."""
-    if "network" in about:
-        return about
-    config = about["config"]
-    used = {key: config[key] for key in ("network", "source", "target", "precision")}
-    return {**used, "classes": list(CLASS_NAMES), "preprocessing": about["preprocessing"], "training": config}
-
-
 def load_classifier(
     name: str | None, device: torch.device, allow_download: bool = True, precision: str = "as-trained"
 ) -> Classifier:
@@ -130,17 +121,18 @@ def load_classifier(
     path = find_weights(name, allow_download)
     weights, about = load_weights(path)
     try:
-        about = _with_usage(about)
         pixels = about["preprocessing"]
         preprocess = Preprocessing(**{**pixels, "mean": tuple(pixels["mean"])})
         classes, network = tuple(about["classes"]), about["network"]
         trained = about["precision"] if machine.has_bf16(device) else "fp32"
         details = (about["source"], about["target"], about["training"], path)
-        known = network in NETWORKS
     except (KeyError, TypeError):
-        known = False
-    if not known:
-        raise UserError(f"{path} does not say which network its weights belong to: use a file that main.py wrote")
+        raise UserError(
+            f"{path} does not say what its weights are of: use a file that this version's main.py wrote"
+        ) from None
+    if network not in NETWORKS:
+        known = ", ".join(NETWORKS)
+        raise UserError(f"{path} holds weights of {network!r}, no network of this version: use weights of {known}")
     model = build_network(network)
     load_into(model, weights, path, network)
     model = on_device(model, device).eval()

@@ -20,12 +20,13 @@ from methods.classifier import Classifier, load_classifier
 from methods.networks import build_network
 from methods.run import Run
 from watch.board import Board, principal_components, spread_over
+from watch.features import proxy_a_distance
 from watch.log import RunLog
 from watch.plots import confusion_figure, histograms_figure, misclassified_figure
 
 EACH = 18  # images of a domain in the projector: 2 · 18 = 6², and svhn has 23 test images
 START, END = ("features:00000", "00000/features"), ("features:00011", "00011/features")  # of 3 epochs of 4 steps
-FIGURES = ("features/both_domains", "target/confusion", "target/misclassified")
+FIGURES = ("features/both_domains", "features/plane", "target/confusion", "target/misclassified")
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_what_is_shown_does_not_reach_the_weights(monkeypatch, tiny_data, tmp_pa
 
 
 def test_figures_and_histograms_stand_at_the_ends_of_the_epochs(events, classifier, shown):
-    for tag, steps in zip(FIGURES, ([3, 7, 11], [11], [11]), strict=True):
+    for tag, steps in zip(FIGURES, ([3, 7, 11], [11], [11], [11]), strict=True):
         assert [event.step for event in events.Images(tag)] == steps
         picture = Image.open(io.BytesIO(events.Images(tag)[-1].encoded_image_string))
         assert picture.width == 850, "wide enough to read"
@@ -208,6 +209,12 @@ def test_event_files_of_a_long_run_stay_small(tmp_path):
     assert size("sprite.png") > 1_000_000
     whole = 2 * (size("sprite.png") + size("*.tsv")) + 100 * size("events*")
     assert whole < 30_000_000
+
+
+def test_the_probe_beside_the_features_is_that_of_the_figures(events, classifier, shown):
+    (event,) = events.Scalars("features/proxy_a_distance")
+    f_s, f_t = (classifier.features(part.images).numpy() for part in shown)
+    assert (event.step, event.value) == (11, pytest.approx(proxy_a_distance(f_s, f_t), abs=1e-3))
 
 
 def test_images_are_taken_from_all_over_a_set():

@@ -327,7 +327,7 @@ def test_dropout_does_nothing_in_eval_mode_or_without_probability():
 
 @pytest.mark.parametrize(("kind", "shape"), [(nn.BatchNorm1d, (6, 3)), (nn.BatchNorm2d, (6, 3, 4, 5))])
 def test_each_domain_has_a_batch_norm_but_for_scale_and_shift(kind, shape):
-    norm, twins = DomainBatchNorm(kind(3)), {"source": kind(3), "target": kind(3)}
+    norm, twins = DomainBatchNorm(kind(3)), {name: kind(3, momentum=0.03) for name in ("source", "target")}
     nn.init.normal_(norm.norm.weight)
     nn.init.normal_(norm.norm.bias)
     for twin in twins.values():
@@ -352,7 +352,7 @@ def test_a_network_takes_the_statistics_of_the_domain_it_is_given():
     f_s, f_t = model.features(x_s, x_t)
     torch.testing.assert_close(f_s, model.extractor(x_s, "source"))  # in training, a batch's own
     assert not torch.allclose(f_s, model.extractor(torch.cat((x_s, x_t)))[:8], atol=0.1)
-    for _ in range(150):
+    for _ in range(400):
         model.features(x_s, x_t)
     f_s, f_t = (f.detach() for f in model.features(x_s, x_t))
     model.eval()
