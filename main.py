@@ -232,9 +232,9 @@ def main() -> None:
             source, target = watcher.tested or test(classifier, pair)  # the latter: resumed after its end
             save_weights(folder / "model.safetensors", run.tested_model.state_dict(), run.use)
             result = result_record(run, config, pair, source, target)
-            if config.method == "source-only" and run.model.extractor.domain_norms:  # which never saw the target
-                unadapted = evaluate(classifier, pair.target_test, "source")
-                result["target_correct_by_source_statistics"] = unadapted.correct
+            if config.method == "source-only" and run.model.extractor.domain_norms:
+                by_source = evaluate(classifier, pair.target_test, "source")  # as if it had seen no target image
+                result["target_correct_by_source_statistics"] = by_source.correct
             write_json(folder / "result.json", result)
             print_result(result)
 

@@ -23,9 +23,7 @@ from utils.files import write_atomically
 ROOT = Path(__file__).resolve().parent.parent
 REPORTED = json.loads((ROOT / "tools" / "reported_numbers.json").read_text(encoding="utf-8"))  # by others, in %
 PAIRS = list(dict.fromkeys((entry["source"], entry["target"]) for entry in REPORTED))  # to show before other pairs
-UNOFFICIAL = re.compile(
-    r" unofficial, [\d,]+"
-)  # in the name of data that is complete, but in files of another checksum
+UNOFFICIAL = re.compile(r" unofficial, [\d,]+")  # of data that is complete, but in files of another checksum
 UNOFFICIAL_NOTE = (
     "\\* All images of the official split, in other files: [docs/reproducing.md](docs/reproducing.md#data-files)."
 )
@@ -238,13 +236,12 @@ def cost_report(runs: pd.DataFrame) -> str:
 def reported_report(runs: pd.DataFrame) -> str:
     """What others reported, and beside it the runs here by the recipe that is compared with it."""
     lines = []
+    whole = runs[~(runs.source_mark + runs.target_mark).str.contains("subset")]
     for entry in REPORTED:
-        here = runs[(runs[["source", "target", "recipe", "method"]] == pd.Series(entry)[:4]).all(axis=1)]
+        here = whole[(whole[["source", "target", "recipe", "method"]] == pd.Series(entry)[:4]).all(axis=1)]
         rows = [
             f"{row.source_percent.mean():.2f} / {accuracy(better(row).target_percent)}, {row.iloc[0].epochs} epochs"
-            for row in rows_of(
-                here[~here.source_mark.str.contains("subset") & ~here.target_mark.str.contains("subset")]
-            )
+            for row in rows_of(here)
         ]
         lines.append({
             "Pair": f"{entry['source']} → {entry['target']}",
