@@ -1,5 +1,6 @@
 """The domains by name, and what a run gets of two of them."""
 
+import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ from digits.readers import (
     OPTDIGITS_TRAIN,
     SYNTH_IMAGES,
     MissingData,
+    Reading,
     read_mnist,
     read_mnist_m,
     read_optdigits,
     read_svhn,
     read_synth,
     read_usps,
+    unpacked,
 )
 from utils.cli import UserError, say
 from utils.files import checksum
@@ -31,7 +34,7 @@ CLASS_NAMES = tuple("0123456789")
 class Domain:
     """One row of the table of domains.
 
-    `read(data_dir, split)` returns uint8 images (N, C, H, W), C = 1 or 3, and int64 labels (N,) in 0…9.
+    `read(data_dir, split)` reads its images, "train" or "test".
     """
 
     name: str
@@ -39,7 +42,7 @@ class Domain:
     train_images: int
     test_images: int
     licence: str
-    read: Callable[[Path, str], tuple[Tensor, Tensor]]
+    read: Callable[[Path, str], Reading]
 
 
 _ROWS = (
@@ -59,17 +62,24 @@ def load_domain(name: str, split: str, data_dir: Path) -> DigitSet:
     Raises: MissingData, or UserError for a file that can't be read or is malformed.
     """
     row = DOMAINS[name]
-    images, labels = row.read(data_dir, split)
-    checksums, official = {}, True
-    for file in data_files(name, split):
-        path = data_dir / file.path
-        if path.is_file():  # an uncompressed copy has no official checksum
-            checksums[file.path] = checksum(path, "md5")
-            official &= checksums[file.path] == file.md5
-    expected = row.train_images if split == "train" else row.test_images
-    kind = "subset" if len(images) < expected else "unofficial"
-    mark = row.title if official and len(images) == expected else f"{row.title} {kind}, {len(images):,}"
-    return DigitSet(name, split, images, labels, mark, checksums)
+    reading = row.read(data_dir, split)
+    checksums = {str(path.relative_to(data_dir)): checksum(path, "md5") for path in reading.files}
+    official = all(
+        _is_official(name, split, path, md5) for path, md5 in zip(reading.files, checksums.values(), strict=True)
+    )
+    count, expected = len(reading.images), row.train_images if split == "train" else row.test_images
+    kind = "subset" if count < expected else "unofficial"
+    mark = row.title if official and count == expected else f"{row.title} {kind}, {count:,}"
+    return DigitSet(name, split, reading.images, reading.labels, mark, checksums)
+
+
+def _is_official(name: str, split: str, path: Path, md5: str) -> bool:
+    """Whether a file is one of the domain's official ones, or holds what is packed in one."""
+    files = data_files(name, split)
+    contents = {file.unpacked_md5 for file in files if file.unpacked_md5}
+    if md5 in {file.md5 for file in files}:
+        return True
+    return bool(contents) and hashlib.md5(unpacked(path)).hexdigest() in contents
 
 
 def load_or_fetch(name: str, split: str, data_dir: Path, download: bool) -> DigitSet:

@@ -22,12 +22,14 @@ class DataFile:
         md5: its checksum, in hexadecimal, as torchvision gives it where it knows the file.
         urls: addresses to try in turn; a file without one is used where it is, and never fetched.
         split: "train" or "test"; None: both.
+        unpacked_md5: of what is packed in it, where that goes around by itself.
     """
 
     path: str
     md5: str
     urls: tuple[str, ...]
     split: str | None = None
+    unpacked_md5: str | None = None
 
 
 # torchvision's order: its own mirror first, for the original site has been empty or forbidden for years.
@@ -44,9 +46,9 @@ _MNIST_M_URLS = (
 _USPS_SITES = ("https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/multiclass/",)
 
 
-def _file(folder: str, file_name: str, md5: str, sites: tuple[str, ...]) -> DataFile:
+def _file(folder: str, file_name: str, md5: str, sites: tuple[str, ...], unpacked_md5: str | None = None) -> DataFile:
     split = "test" if file_name.startswith(("t10k", "test", "usps.t.")) else "train"
-    return DataFile(folder + file_name, md5, tuple(site + file_name for site in sites), split)
+    return DataFile(folder + file_name, md5, tuple(site + file_name for site in sites), split, unpacked_md5)
 
 
 DATA_FILES: dict[str, tuple[DataFile, ...]] = {
@@ -55,10 +57,34 @@ DATA_FILES: dict[str, tuple[DataFile, ...]] = {
         _file("", "test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3", _SVHN_SITES),
     ),
     "mnist": (
-        _file("MNIST/raw/", "train-images-idx3-ubyte.gz", "f68b3c2dcbeaaa9fbdd348bbdeb94873", _MNIST_SITES),
-        _file("MNIST/raw/", "train-labels-idx1-ubyte.gz", "d53e105ee54ea40749a09fcbcd1e9432", _MNIST_SITES),
-        _file("MNIST/raw/", "t10k-images-idx3-ubyte.gz", "9fb629c4189551a2d022fa330f9573f3", _MNIST_SITES),
-        _file("MNIST/raw/", "t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c", _MNIST_SITES),
+        _file(
+            "MNIST/raw/",
+            "train-images-idx3-ubyte.gz",
+            "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+            _MNIST_SITES,
+            "6bbc9ace898e44ae57da46a324031adb",
+        ),
+        _file(
+            "MNIST/raw/",
+            "train-labels-idx1-ubyte.gz",
+            "d53e105ee54ea40749a09fcbcd1e9432",
+            _MNIST_SITES,
+            "a25bea736e30d166cdddb491f175f624",
+        ),
+        _file(
+            "MNIST/raw/",
+            "t10k-images-idx3-ubyte.gz",
+            "9fb629c4189551a2d022fa330f9573f3",
+            _MNIST_SITES,
+            "2646ac647ad5339dbf082846283269ea",
+        ),
+        _file(
+            "MNIST/raw/",
+            "t10k-labels-idx1-ubyte.gz",
+            "ec29112dd5afa0611ce80d1b7f02629c",
+            _MNIST_SITES,
+            "27ae3e4e09519cfbb04c329615203637",
+        ),
     ),
     "usps": (
         _file("", "usps.bz2", "ec16c51db3855ca6c91edd34d0e9b197", _USPS_SITES),

@@ -1,10 +1,15 @@
-"""Readers: the files of each domain as images and labels, whatever is wrong with them said in a line."""
+"""Readers: the files of each domain as images and labels, whatever is wrong with them said in a line.
+
+A file is known by its content, not by its name: packed or not, and in the formats in which these sets go around.
+"""
 
 import bz2
 import gzip
 import shlex
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,16 +29,29 @@ OPTDIGITS_TRAIN = 1297
 MNIST_M_IMAGES = {"train": 59_001, "test": 9_001}
 MNIST_M_SEED, MNIST_M_VERSION = 0, 1  # raise the version whenever the pixels change
 T = TypeVar("T")
+Arrays = tuple[np.ndarray, np.ndarray]  # images and labels
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a reader returns.
+
+    Shape: images (N, C, H, W) uint8, C = 1 or 3; labels (N,) int64 in 0…9
+    """
+
+    images: Tensor
+    labels: Tensor
+    files: tuple[Path, ...] = ()  # where they come from; none for images that are made
 
 
 class MissingData(UserError):
     """A file of a domain is not there; the message names the command that brings it."""
 
 
-def _find(domain: str, data_dir: Path, name: str) -> Path:
-    """The file, or without its `.gz` as torchvision leaves it."""
+def _find(domain: str, data_dir: Path, *names: str) -> Path:
+    """The first of these files that is there."""
     try:
-        for path in (data_dir / name, data_dir / name.removesuffix(".gz")):
+        for path in (data_dir / name for name in names):
             if path.is_file():
                 return path
     except OSError as error:
@@ -41,12 +59,12 @@ def _find(domain: str, data_dir: Path, name: str) -> Path:
             f"cannot read {path} ({error.strerror}): give a folder that can be read as --data-dir"
         ) from None
     command = f"python download_data.py {domain} --data-dir {shlex.quote(str(data_dir))}"
-    raise MissingData(f"{data_dir / name} is missing: run `{command}`")
+    raise MissingData(f"{data_dir / names[0]} is missing: run `{command}`")
 
 
 def _malformed(domain: str, path: Path, detail: str) -> UserError:
     fix = f"move it away and run `python download_data.py {domain} --data-dir DIR` with its data folder as DIR"
-    return UserError(f"{path} is truncated or malformed ({detail}): {fix}")
+    return UserError(f"{path} is no file of {domain} that can be used ({detail}): {fix}")
 
 
 def _parse(domain: str, path: Path, parse: Callable[[Path], T]) -> T:
@@ -60,18 +78,26 @@ def _parse(domain: str, path: Path, parse: Callable[[Path], T]) -> T:
         raise _malformed(domain, path, " ".join(str(error).split())[:120] or type(error).__name__) from None
 
 
-def _as_tensors(domain: str, path: Path, images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+def _reading(domain: str, files: tuple[Path, ...], images: np.ndarray, labels: np.ndarray) -> Reading:
     labels = labels.astype(np.int64)
     if len(images) != len(labels) or not len(labels):
-        raise _malformed(domain, path, f"{len(images)} images but {len(labels)} labels")
+        raise _malformed(domain, files[-1], f"{len(images)} images but {len(labels)} labels")
     if labels.min() < 0 or labels.max() > 9:
-        raise _malformed(domain, path, f"labels from {labels.min()} to {labels.max()}")
-    return torch.from_numpy(np.array(images, order="C")), torch.from_numpy(labels)
+        raise _malformed(domain, files[-1], f"labels from {labels.min()} to {labels.max()}")
+    return Reading(torch.from_numpy(np.array(images, order="C")), torch.from_numpy(labels), files)
+
+
+def unpacked(path: Path) -> bytes:
+    """A file's content, without the compression of gzip or bzip2 if it has one."""
+    data = path.read_bytes()
+    if data[:2] == b"\x1f\x8b":
+        return gzip.decompress(data)
+    return bz2.decompress(data) if data[:3] == b"BZh" else data
 
 
 def _parse_idx(path: Path, dimensions: int) -> np.ndarray:
     """MNIST's IDX format: two zero bytes, type 8 (uint8), number of dimensions, big-endian sizes, data."""
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    data = unpacked(path)
     if len(data) < 4 or data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * data[3]:
         raise ValueError("no IDX header")
     if data[3] != dimensions:
@@ -83,53 +109,121 @@ def _parse_idx(path: Path, dimensions: int) -> np.ndarray:
     return body.reshape(shape)
 
 
-def read_mnist(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
-    """MNIST, (N, 1, 28, 28), from the official files under MNIST/raw, compressed or not."""
-    prefix = "train" if split == "train" else "t10k"
-    images = _find("mnist", data_dir, f"MNIST/raw/{prefix}-images-idx3-ubyte.gz")
-    labels = _find("mnist", data_dir, f"MNIST/raw/{prefix}-labels-idx1-ubyte.gz")
-    pixels = _parse("mnist", images, lambda path: _parse_idx(path, 3))[:, None]
-    return _as_tensors("mnist", labels, pixels, _parse("mnist", labels, lambda path: _parse_idx(path, 1)))
+def _idx_file(data_dir: Path, stem: str) -> Path:
+    """One of MNIST's files: `stem`, or with a dot before "idx", in MNIST/raw or beside the others, packed or not."""
+    stems = (stem, stem.replace("-idx", ".idx"))
+    names = [f"{folder}{name}{end}" for folder in ("MNIST/raw/", "") for name in stems for end in (".gz", "")]
+    return _find("mnist", data_dir, *names)
 
 
-def read_svhn(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
-    """SVHN format 2 (cropped digits), (N, 3, 32, 32). The files call zero 10; here it is 0."""
+def _parse_keras(path: Path, split: str) -> Arrays:
+    with np.load(path) as file:
+        images, labels = file[f"x_{split}"], file[f"y_{split}"]
+    return images, labels
 
-    def parse(path: Path) -> tuple[np.ndarray, np.ndarray]:
-        from scipy.io import loadmat  # imported where it is needed: half a second
 
+def _parse_csv(path: Path) -> Arrays:
+    """Rows of a label and 784 grey levels, below a header or not."""
+    with path.open() as file:
+        header = not file.read(1).isdigit()
+    rows = np.loadtxt(path, np.uint8, delimiter=",", skiprows=int(header), ndmin=2)
+    return rows[:, 1:].reshape(-1, 28, 28), rows[:, 0]
+
+
+def read_mnist(data_dir: Path, split: str) -> Reading:
+    """MNIST, (N, 1, 28, 28): its four IDX files, else Keras' mnist.npz, else mnist_train.csv and mnist_test.csv."""
+    stem = "train" if split == "train" else "t10k"
+    try:
+        files = tuple(_idx_file(data_dir, f"{stem}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
+    except MissingData:
+        keras, csv = data_dir / "mnist.npz", data_dir / f"mnist_{split}.csv"
+        if keras.is_file():
+            files, arrays = (keras,), _parse("mnist", keras, partial(_parse_keras, split=split))
+        elif csv.is_file():
+            files, arrays = (csv,), _parse("mnist", csv, _parse_csv)
+        else:
+            raise
+    else:
+        images, labels = files
+        arrays = (
+            _parse("mnist", images, lambda path: _parse_idx(path, 3)),
+            _parse("mnist", labels, lambda path: _parse_idx(path, 1)),
+        )
+    return _reading("mnist", files, arrays[0][:, None], arrays[1])
+
+
+def _parse_mat(path: Path) -> Arrays:
+    """SVHN's X and y, of MATLAB's old format or of v7.3, whose axes HDF5 keeps in reverse."""
+    import h5py  # imported where they are needed: half a second
+    from scipy.io import loadmat
+
+    if h5py.is_hdf5(path):
+        with h5py.File(path) as file:
+            contents = {name: file[name][()].T for name in ("X", "y") if name in file}
+    else:
         contents = loadmat(path, variable_names=("X", "y"))
-        if "X" not in contents or "y" not in contents:
-            raise ValueError(f"it has no variable {'X' if 'X' not in contents else 'y'}")
-        images, labels = contents["X"], contents["y"].reshape(-1)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:3] != (32, 32, 3):
-            raise ValueError(f"X is {images.dtype} {images.shape}, not uint8 (32, 32, 3, N)")
-        if labels.size and (labels.min() < 0 or labels.max() > 10):
-            raise ValueError(f"labels from {labels.min()} to {labels.max()}, not within 0–10")
-        return images.transpose(3, 2, 0, 1), labels.astype(np.int64) % 10
+    if "X" not in contents or "y" not in contents:
+        raise ValueError(f"it has no variable {'X' if 'X' not in contents else 'y'}")
+    images, labels = contents["X"], contents["y"].reshape(-1)
+    if images.shape[:3] == (32, 32, 3):
+        images = images.transpose(3, 0, 1, 2)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (32, 32, 3):
+        raise ValueError(f"X is {images.dtype} {images.shape}, not uint8 (32, 32, 3, N) or (N, 32, 32, 3)")
+    if labels.size and not (labels == labels.astype(np.int64)).all():
+        raise ValueError("labels that are no whole numbers")
+    if labels.size and (labels.min() < 0 or labels.max() > 10):
+        raise ValueError(f"labels from {labels.min()} to {labels.max()}, not within 0–10")
+    return images.transpose(0, 3, 1, 2), labels.astype(np.int64) % 10
 
+
+def read_svhn(data_dir: Path, split: str) -> Reading:
+    """SVHN format 2 (cropped digits), (N, 3, 32, 32). The files call zero 10; here it is 0."""
     path = _find("svhn", data_dir, f"{split}_32x32.mat")
-    return _as_tensors("svhn", path, *_parse("svhn", path, parse))
+    return _reading("svhn", (path,), *_parse("svhn", path, _parse_mat))
 
 
-def read_usps(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
-    """USPS, (N, 1, 16, 16), from the libsvm text files: `label index:value …`, labels 1…10, values in [-1, 1]."""
-
-    def parse(path: Path) -> tuple[np.ndarray, np.ndarray]:
-        rows = [line.split() for line in bz2.decompress(path.read_bytes()).splitlines()]
-        labels = np.array([int(row[0]) for row in rows]) - 1
-        values = np.array([[item.split(b":")[1] for item in row[1:]] for row in rows], dtype=np.float32)
-        if values.shape[1:] != (256,):
-            raise ValueError(f"{values.shape[1:]} values a line, not 256")
-        if not (np.abs(values) <= 1).all():
-            raise ValueError("values outside [-1, 1]")
-        return ((values.reshape(-1, 1, 16, 16) + 1) / 2 * 255).round().astype(np.uint8), labels
-
-    path = _find("usps", data_dir, "usps.bz2" if split == "train" else "usps.t.bz2")
-    return _as_tensors("usps", path, *_parse("usps", path, parse))
+def _usps_images(values: np.ndarray, low: float) -> np.ndarray:
+    """Rows of 256 values from `low` to 1 as images. Shape: (N, 256) -> (N, 1, 16, 16) uint8"""
+    if values.shape[1:] != (256,):
+        raise ValueError(f"{values.shape[1:]} values a line, not 256")
+    if not ((values >= low) & (values <= 1)).all():
+        raise ValueError(f"values outside [{low:g}, 1]")
+    return ((values.reshape(-1, 1, 16, 16) - low) / (1 - low) * 255).round().astype(np.uint8)
 
 
-def read_mnist_m(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
+def _parse_libsvm(path: Path) -> Arrays:
+    """`label index:value …`, labels 1…10, values in [-1, 1]."""
+    rows = [line.split() for line in unpacked(path).splitlines()]
+    labels = np.array([int(row[0]) for row in rows]) - 1
+    return _usps_images(np.array([[item.split(b":")[1] for item in row[1:]] for row in rows], np.float32), -1), labels
+
+
+def _parse_zip_codes(path: Path) -> Arrays:
+    """`label value …`, labels 0…9, values in [-1, 1]: zip.train and zip.test of "Elements of Statistical Learning"."""
+    rows = np.array([line.split() for line in unpacked(path).splitlines()], np.float32)
+    return _usps_images(rows[:, 1:], -1), rows[:, 0]
+
+
+def _parse_usps_h5(path: Path, split: str) -> Arrays:
+    """Groups train and test, each of data (N, 256) in [0, 1] and target (N,)."""
+    import h5py
+
+    with h5py.File(path) as file:
+        values, labels = file[f"{split}/data"][()], file[f"{split}/target"][()]
+    return _usps_images(values, 0), labels
+
+
+def read_usps(data_dir: Path, split: str) -> Reading:
+    """USPS, (N, 1, 16, 16), from libsvm's text, from usps.h5, or from zip.train.gz and zip.test.gz."""
+    libsvm = "usps" if split == "train" else "usps.t"
+    path = _find("usps", data_dir, f"{libsvm}.bz2", libsvm, "usps.h5", f"zip.{split}.gz", f"zip.{split}")
+    parse = _parse_zip_codes if path.name.startswith("zip.") else _parse_libsvm
+    if path.suffix == ".h5":
+        parse = partial(_parse_usps_h5, split=split)
+    return _reading("usps", (path,), *_parse("usps", path, parse))
+
+
+def read_mnist_m(data_dir: Path, split: str) -> Reading:
     """MNIST-M, (N, 3, 32, 32), from the official archive, which is unpacked once.
 
     Without it the test set comes from `mnist_m_test.npz` (arrays `images` and `labels`), and training images are made
@@ -143,7 +237,8 @@ def read_mnist_m(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
     else:
         path = _find("mnist-m", data_dir, archive.name)
         images, labels = _parse("mnist-m", path, lambda path: _unpacked(path, split))
-    return _as_tensors("mnist-m", path, images.transpose(0, 3, 1, 2), labels)
+    files = () if path == photographs else (path,)
+    return _reading("mnist-m", files, images.transpose(0, 3, 1, 2), labels)
 
 
 def _unpacked(archive: Path, split: str) -> ImageSet:
@@ -160,32 +255,32 @@ def _parse_npz(path: Path) -> ImageSet:
 
 
 def _blended(data_dir: Path, folder: Path) -> ImageSet:
-    digits, labels = read_mnist(data_dir, "train")
-    pixels, photographs = digits[:, 0].numpy(), read_photographs(folder)
+    digits = read_mnist(data_dir, "train")
+    pixels, photographs = digits.images[:, 0].numpy(), read_photographs(folder)
     if not photographs:
         raise UserError(f"{folder} has no photographs in train or val: put those of BSDS500 there, or move it away")
     made_of = f"{zlib.crc32(pixels.tobytes()):08x}_{len(photographs)}"
     name = f"mnist-m/blended_v{MNIST_M_VERSION}_seed{MNIST_M_SEED}_{made_of}.npz"
     return cached(
         name,
-        len(labels),
+        len(pixels),
         [data_dir, REPOSITORY_DATA],
-        lambda: (blend(pixels, photographs, MNIST_M_SEED), labels.numpy()),
+        lambda: (blend(pixels, photographs, MNIST_M_SEED), digits.labels.numpy()),
     )
 
 
-def read_synth(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
+def read_synth(data_dir: Path, split: str) -> Reading:
     """Our SYN NUMBERS, (N, 3, 32, 32), rendered once and cached."""
     start = 0 if split == "train" else SYNTH_TEST_START
     images, labels = load_synth_digits(SYNTH_SEED, start, SYNTH_IMAGES[split], [data_dir, REPOSITORY_DATA])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels.astype(np.int64))
+    return Reading(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels.astype(np.int64)))
 
 
-def read_optdigits(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
+def read_optdigits(data_dir: Path, split: str) -> Reading:
     """scikit-learn's handwritten digits, (N, 1, 8, 8): the first 1,297 to train, the last 500 to test."""
     from sklearn.datasets import load_digits  # imported where it is needed: a second
 
     digits = load_digits()
     part = slice(None, OPTDIGITS_TRAIN) if split == "train" else slice(OPTDIGITS_TRAIN, None)
     images = (digits.images[part] * (255 / 16)).round().astype(np.uint8)
-    return torch.from_numpy(images[:, None]), torch.from_numpy(digits.target[part].astype(np.int64))
+    return Reading(torch.from_numpy(images[:, None]), torch.from_numpy(digits.target[part].astype(np.int64)))

@@ -8,6 +8,7 @@ import io
 import struct
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from digits.domains import DOMAINS, load_domain
 from digits.files import DATA_FILES, data_files
-from digits.readers import MissingData
+from digits.readers import MissingData, Reading
 from utils.cli import UserError
 
 RNG = np.random.default_rng(0)
@@ -117,7 +118,85 @@ def test_synth_asks_for_images_that_are_not_shared(monkeypatch, tmp_path):
     assert folder == tmp_path
 
 
+# ---- the same data as people have them
+
+
+def npz(**arrays) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def h5(**arrays) -> bytes:
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        for name, array in arrays.items():
+            file[name.replace("_", "/")] = array
+    return buffer.getvalue()
+
+
+def csv(header: str) -> bytes:
+    rows = np.column_stack((LABELS, GREY.reshape(12, -1))).tolist()
+    return "\n".join([header] * bool(header) + [",".join(map(str, row)) for row in rows]).encode()
+
+
+def zip_codes() -> bytes:
+    values = SMALL.reshape(12, -1) / 255 * 2 - 1
+    return "".join(
+        f"{y}.0000 {' '.join(f'{v:.3f}' for v in row)} \n" for y, row in zip(LABELS, values, strict=True)
+    ).encode()
+
+
+def test_other_names_and_formats_are_read_exactly(tmp_path):
+    images, labels = idx(12, 28, 28, data=GREY.tobytes()), idx(12, data=LABELS.astype(np.uint8).tobytes())
+    ten = np.where(LABELS == 0, 10, LABELS)[:, None]
+    colour, values = COLOUR.transpose(1, 2, 3, 0), SMALL.reshape(12, -1) / 255
+    cases = [
+        ("mnist", {"MNIST/raw/train-images.idx3-ubyte": images, "MNIST/raw/train-labels.idx1-ubyte": labels}),
+        ("mnist", {"train-images-idx3-ubyte.gz": gzip.compress(images), "train-labels.idx1-ubyte": labels}),
+        ("mnist", {MNIST_IMAGES: images, MNIST_LABELS: labels}),
+        ("mnist", {"mnist.npz": npz(x_train=GREY, y_train=LABELS.astype(np.uint8), x_test=GREY[:1], y_test=[1])}),
+        ("mnist", {"mnist_train.csv": csv("")}),
+        ("mnist", {"mnist_train.csv": csv("label," + ",".join(f"pixel{i}" for i in range(784)))}),
+        ("svhn", {"train_32x32.mat": mat73(X=colour, y=ten.astype(float))}),
+        ("svhn", {"train_32x32.mat": mat(X=COLOUR, y=ten)}),
+        ("usps", {"usps.h5": h5(train_data=values, train_target=LABELS, test_data=values[:1], test_target=[1])}),
+        ("usps", {"zip.train.gz": gzip.compress(zip_codes())}),
+        ("usps", {"zip.train": zip_codes()}),
+        ("usps", {"usps": bz2.decompress(usps_text(*map(usps_line, LABELS, SMALL)))}),
+    ]  # fmt: skip
+    for number, (name, files) in enumerate(cases):
+        folder = tmp_path / str(number)
+        for file, content in files.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_bytes(content)
+        digits = load_domain(name, "train", folder)
+        pixels = {"mnist": GREY[:, None], "svhn": COLOUR.transpose(0, 3, 1, 2), "usps": SMALL[:, None]}[name]
+        assert np.array_equal(digits.images.numpy(), pixels), files.keys()
+        assert digits.labels.tolist() == LABELS.tolist(), files.keys()
+        assert digits.checksums == {file: hashlib.md5(content).hexdigest() for file, content in files.items()}
+
+
 # ---- marks and checksums
+
+
+def test_unpacked_files_are_official_by_their_content(monkeypatch, tmp_path):
+    """Other images under MNIST's names are not MNIST, whether packed or not."""
+    monkeypatch.setitem(DOMAINS, "mnist", dataclasses.replace(DOMAINS["mnist"], train_images=12))
+    images, labels = idx(12, 28, 28, data=GREY.tobytes()), idx(12, data=LABELS.astype(np.uint8).tobytes())
+    files = [
+        dataclasses.replace(file, md5="of the packed file", unpacked_md5=hashlib.md5(content).hexdigest())
+        for file, content in zip(data_files("mnist", "train"), (images, labels), strict=True)
+    ]
+    monkeypatch.setitem(DATA_FILES, "mnist", tuple(files))
+    mirrored = idx(12, 28, 28, data=GREY.transpose(0, 2, 1).tobytes())
+    for content, mark in ((images, "MNIST"), (mirrored, "MNIST unofficial, 12")):
+        for name, pack in (("train-images.idx3-ubyte", bytes), ("train-images-idx3-ubyte.gz", gzip.compress)):
+            folder = tmp_path / mark / name
+            folder.mkdir(parents=True)
+            (folder / name).write_bytes(pack(content))
+            (folder / "train-labels-idx1-ubyte").write_bytes(labels)
+            assert load_domain("mnist", "train", folder).mark == mark
 
 
 @pytest.mark.parametrize("name", TINY_COUNTS)
@@ -131,7 +210,7 @@ def test_other_files_than_the_official_ones_are_marked(tiny_data, name):
 
 def test_marks_tell_official_files_of_the_right_count_from_others(monkeypatch, tiny_data):
     row = DOMAINS["svhn"]
-    read_more = dataclasses.replace(row, read=lambda *_: (torch.zeros(1234, 1, 1, 1), torch.zeros(1234)))
+    read_more = dataclasses.replace(row, read=lambda *_: Reading(torch.zeros(1234, 1, 1, 1), torch.zeros(1234)))
     monkeypatch.setitem(DOMAINS, "svhn", read_more)
     assert load_domain("svhn", "train", tiny_data).mark == "SVHN subset, 1,234"
     monkeypatch.setitem(DOMAINS, "svhn", dataclasses.replace(row, train_images=40, test_images=23))
@@ -162,6 +241,15 @@ def refusal(name: str, split: str, folder: Path) -> UserError:
 def mat(**contents) -> bytes:
     buffer = io.BytesIO()
     savemat(buffer, contents)
+    return buffer.getvalue()
+
+
+def mat73(**contents) -> bytes:
+    """As MATLAB's v7.3 keeps arrays: in HDF5, axes in reverse."""
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        for name, array in contents.items():
+            file[name] = array.T
     return buffer.getvalue()
 
 
@@ -200,7 +288,9 @@ DAMAGED = {
     "svhn: truncated": ("train_32x32.mat", mat(X=X, y=Y)[:20_000]),
     "svhn: without X": ("train_32x32.mat", mat(y=Y)),
     "svhn: without y": ("train_32x32.mat", mat(X=X)),
-    "svhn: X as (N, 32, 32, 3)": ("train_32x32.mat", mat(X=COLOUR, y=Y)),
+    "svhn: X as (N, 3, 32, 32)": ("train_32x32.mat", mat(X=COLOUR.transpose(0, 3, 1, 2), y=Y)),
+    "svhn: labels between": ("train_32x32.mat", mat(X=X, y=Y / 2)),
+    "svhn: v7.3 without y": ("train_32x32.mat", mat73(X=X)),
     "svhn: X without colour": ("train_32x32.mat", mat(X=X[:, :, 0], y=Y)),
     "svhn: X of floats": ("train_32x32.mat", mat(X=X / 255, y=Y)),
     "svhn: no images": ("train_32x32.mat", mat(X=X[..., :0], y=Y[:0])),
@@ -216,7 +306,7 @@ DAMAGED = {
     "usps: an empty line": ("usps.bz2", usps_text(ROW, "", ROW)),
     "usps: empty file": ("usps.bz2", b""),
     "usps: truncated": ("usps.bz2", USPS_BZ2[: len(USPS_BZ2) // 2]),
-    "usps: no archive": ("usps.bz2", ROW.encode()),
+    "usps: no text": ("usps.bz2", bytes(range(256))),
 }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import main
 from digits.domains import DOMAINS
-from digits.readers import read_synth
+from digits.readers import Reading, read_synth
 from utils.cli import run_script
 
 TRAIN_IMAGES = 14_000  # of the training images of `synth`; the others are added to its test images
@@ -74,16 +74,20 @@ def uneven(labels: Tensor, seed: int) -> Tensor:
     return torch.from_numpy(np.flatnonzero(np.random.default_rng(seed).random(len(labels)) < SHARES[labels.numpy()]))
 
 
-def read_uneven_synth(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
+def read_uneven_synth(data_dir: Path, split: str) -> Reading:
     """One split of the degraded, uneven `synth`, made anew each time, in seconds."""
-    images, labels = read_synth(data_dir, "train")
+    synth = read_synth(data_dir, "train")
+    images, labels = synth.images, synth.labels
     if split == "train":
         images, labels = images[:TRAIN_IMAGES], labels[:TRAIN_IMAGES]
     else:
-        more, more_labels = read_synth(data_dir, "test")
-        images, labels = torch.cat((images[TRAIN_IMAGES:], more)), torch.cat((labels[TRAIN_IMAGES:], more_labels))
+        more = read_synth(data_dir, "test")
+        images, labels = (
+            torch.cat((images[TRAIN_IMAGES:], more.images)),
+            torch.cat((labels[TRAIN_IMAGES:], more.labels)),
+        )
     kept = uneven(labels, 1 if split == "train" else 2)
-    return degrade(images[kept], 3 if split == "train" else 4, split == "train"), labels[kept]
+    return Reading(degrade(images[kept], 3 if split == "train" else 4, split == "train"), labels[kept])
 
 
 def run() -> None:
