@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from data_loader import DigitSet, limit
+from digits.contract import checked
 from digits.files import LICENCES, data_files, fetch
 from digits.readers import (
     MNIST_M_IMAGES,
@@ -67,10 +68,11 @@ def load_domain(name: str, split: str, data_dir: Path) -> DigitSet:
     official = all(
         _is_official(name, split, path, md5) for path, md5 in zip(reading.files, checksums.values(), strict=True)
     )
-    count, expected = len(reading.images), row.train_images if split == "train" else row.test_images
+    images, labels = checked(name, split, reading.images, reading.labels, len(CLASS_NAMES))
+    count, expected = len(images), row.train_images if split == "train" else row.test_images
     kind = "subset" if count < expected else "unofficial"
     mark = row.title if official and count == expected else f"{row.title} {kind}, {count:,}"
-    return DigitSet(name, split, reading.images, reading.labels, mark, checksums)
+    return DigitSet(name, split, images, labels, mark, checksums)
 
 
 def _is_official(name: str, split: str, path: Path, md5: str) -> bool:

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from digits.cache import ImageSet, cached
 from digits.mnist_m import blend, read_archive, read_photographs
@@ -34,13 +32,10 @@ Arrays = tuple[np.ndarray, np.ndarray]  # images and labels
 
 @dataclass(frozen=True)
 class Reading:
-    """What a reader returns.
+    """What a reader returns: uint8 images (N, C, H, W), C = 1 or 3, and labels (N,), or what `checked` understands."""
 
-    Shape: images (N, C, H, W) uint8, C = 1 or 3; labels (N,) int64 in 0…9
-    """
-
-    images: Tensor
-    labels: Tensor
+    images: np.ndarray
+    labels: np.ndarray
     files: tuple[Path, ...] = ()  # where they come from; none for images that are made
 
 
@@ -84,7 +79,7 @@ def _reading(domain: str, files: tuple[Path, ...], images: np.ndarray, labels: n
         raise _malformed(domain, files[-1], f"{len(images)} images but {len(labels)} labels")
     if labels.min() < 0 or labels.max() > 9:
         raise _malformed(domain, files[-1], f"labels from {labels.min()} to {labels.max()}")
-    return Reading(torch.from_numpy(np.array(images, order="C")), torch.from_numpy(labels), files)
+    return Reading(images, labels, files)
 
 
 def unpacked(path: Path) -> bytes:
@@ -256,7 +251,7 @@ def _parse_npz(path: Path) -> ImageSet:
 
 def _blended(data_dir: Path, folder: Path) -> ImageSet:
     digits = read_mnist(data_dir, "train")
-    pixels, photographs = digits.images[:, 0].numpy(), read_photographs(folder)
+    pixels, photographs = digits.images[:, 0], read_photographs(folder)
     if not photographs:
         raise UserError(f"{folder} has no photographs in train or val: put those of BSDS500 there, or move it away")
     made_of = f"{zlib.crc32(pixels.tobytes()):08x}_{len(photographs)}"
@@ -265,7 +260,7 @@ def _blended(data_dir: Path, folder: Path) -> ImageSet:
         name,
         len(pixels),
         [data_dir, REPOSITORY_DATA],
-        lambda: (blend(pixels, photographs, MNIST_M_SEED), digits.labels.numpy()),
+        lambda: (blend(pixels, photographs, MNIST_M_SEED), digits.labels),
     )
 
 
@@ -273,7 +268,7 @@ def read_synth(data_dir: Path, split: str) -> Reading:
     """Our SYN NUMBERS, (N, 3, 32, 32), rendered once and cached."""
     start = 0 if split == "train" else SYNTH_TEST_START
     images, labels = load_synth_digits(SYNTH_SEED, start, SYNTH_IMAGES[split], [data_dir, REPOSITORY_DATA])
-    return Reading(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels.astype(np.int64)))
+    return Reading(images.transpose(0, 3, 1, 2), labels)
 
 
 def read_optdigits(data_dir: Path, split: str) -> Reading:
@@ -283,4 +278,4 @@ def read_optdigits(data_dir: Path, split: str) -> Reading:
     digits = load_digits()
     part = slice(None, OPTDIGITS_TRAIN) if split == "train" else slice(OPTDIGITS_TRAIN, None)
     images = (digits.images[part] * (255 / 16)).round().astype(np.uint8)
-    return Reading(torch.from_numpy(images[:, None]), torch.from_numpy(digits.target[part].astype(np.int64)))
+    return Reading(images[:, None], digits.target[part])

@@ -15,6 +15,7 @@ import main
 from data_loader import DigitSet, PairedLoader, Preprocessing, limit, mean_pixel, principal_grey, seed_of
 from digits.augmentation import View, same_views
 from digits.domains import DOMAINS
+from digits.readers import Reading
 from methods.recipes import METHODS, recipe_config
 
 
@@ -139,7 +140,7 @@ def two_domains(monkeypatch):
         for split, count in zip(("train", "test"), counts, strict=True):
             images[name, split] = torch.randint(0, 256, (count, *shape), generator=generator, dtype=torch.uint8)
             labels[name, split] = torch.randint(0, 10, (count,), generator=generator)
-        read = lambda data_dir, split, name=name: (images[name, split], labels[name, split])  # noqa: E731
+        read = lambda data_dir, split, name=name: Reading(images[name, split], labels[name, split])  # noqa: E731
         monkeypatch.setitem(DOMAINS, name, dataclasses.replace(DOMAINS[name], read=read))
     return labels
 
@@ -179,7 +180,9 @@ def test_nothing_in_training_holds_labels_of_the_target(two_domains, tmp_path):
 
 def test_the_bounds_do_the_same_steps_and_subtract_the_same_mean(two_domains, tmp_path):
     """Also target-only, which learns from the target's labels, subtracts the mean of both training sets."""
-    mean_s, mean_t = (DOMAINS[name].read(tmp_path, "train")[0].double().mean((0, 2, 3)) for name in ("svhn", "usps"))
+    mean_s, mean_t = (
+        DOMAINS[name].read(tmp_path, "train").images.double().mean((0, 2, 3)) for name in ("svhn", "usps")
+    )
     for method in METHODS:
         small = run_on(dataclasses.replace(PAPER, method=method), tmp_path)
         assert small.run.steps_per_epoch == len(list(small.loader.epoch(0))) == 4  # 30 by 8

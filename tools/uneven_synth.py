@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 import main
-from digits.domains import DOMAINS
+from digits.contract import checked
+from digits.domains import CLASS_NAMES, DOMAINS
 from digits.readers import Reading, read_synth
 from utils.cli import run_script
 
@@ -74,20 +75,23 @@ def uneven(labels: Tensor, seed: int) -> Tensor:
     return torch.from_numpy(np.flatnonzero(np.random.default_rng(seed).random(len(labels)) < SHARES[labels.numpy()]))
 
 
+def synth(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
+    """One split of `synth`. Shape: -> (N, 3, 32, 32) uint8, (N,) int64"""
+    reading = read_synth(data_dir, split)
+    return checked("synth", split, reading.images, reading.labels, len(CLASS_NAMES))
+
+
 def read_uneven_synth(data_dir: Path, split: str) -> Reading:
     """One split of the degraded, uneven `synth`, made anew each time, in seconds."""
-    synth = read_synth(data_dir, "train")
-    images, labels = synth.images, synth.labels
+    images, labels = synth(data_dir, "train")
     if split == "train":
         images, labels = images[:TRAIN_IMAGES], labels[:TRAIN_IMAGES]
     else:
-        more = read_synth(data_dir, "test")
-        images, labels = (
-            torch.cat((images[TRAIN_IMAGES:], more.images)),
-            torch.cat((labels[TRAIN_IMAGES:], more.labels)),
-        )
+        more, more_labels = synth(data_dir, "test")
+        images, labels = torch.cat((images[TRAIN_IMAGES:], more)), torch.cat((labels[TRAIN_IMAGES:], more_labels))
     kept = uneven(labels, 1 if split == "train" else 2)
-    return Reading(degrade(images[kept], 3 if split == "train" else 4, split == "train"), labels[kept])
+    seen = degrade(images[kept], 3 if split == "train" else 4, split == "train")
+    return Reading(seen.numpy(), labels[kept].numpy())
 
 
 def run() -> None:
