@@ -18,7 +18,7 @@ from torch import Tensor
 class DigitSet:
     """Images of one split of a domain, on one device.
 
-    Shape: images (N, C, H, W) uint8, C = 1 or 3; labels (N,) int64 in 0…9
+    Shape: images (N, C, H, W) uint8, C = 1 or 3; labels (N,) int64, indices of the K names in `classes`
     """
 
     domain: str
@@ -27,6 +27,7 @@ class DigitSet:
     labels: Tensor
     mark: str  # how results name this data: "MNIST", or "SVHN subset, 23,412" when a file is not the official one
     checksums: dict[str, str]  # file (relative to the data folder) -> md5
+    classes: tuple[str, ...] = tuple("0123456789")
 
     def __len__(self) -> int:
         return len(self.images)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from data_loader import PairedLoader, seed_of
 from digits.augmentation import same_views
-from digits.domains import CLASS_NAMES, Pair, load_pair
+from digits.domains import Pair, load_pair
 from methods.classifier import Classifier, Evaluation, usage
 from methods.modern import ModernObjective, modern_views
 from methods.networks import build_network, on_device, preprocessing_for
@@ -152,7 +152,7 @@ def make_objective(run: Run, config: Config, labels: Tensor) -> nn.Module:
     if run.epoch < config.warm_start_epochs or config.method != "dann":
         return SourceOnlyObjective(run.model, config.label_smoothing)
     freeze(run.model, config.frozen_convolutions)
-    class_weights = balancing_weights(labels, len(CLASS_NAMES)) if config.balance_classes else None
+    class_weights = balancing_weights(labels) if config.balance_classes else None
     if config.modern and run.teacher:
         first_step, steps = (n * run.steps_per_epoch for n in (config.warm_start_epochs, config.epochs))
         return ModernObjective(run.model, run.teacher, config, class_weights, first_step, steps)
@@ -169,12 +169,12 @@ def set_up(
 ) -> tuple[Run, PairedLoader, Classifier]:
     """A run at its start, the loader that feeds it, and the classifier that is tested and kept."""
     torch.manual_seed(seed_of(config.seed))
-    model = on_device(build_network(config.network, config.dropout), device)
+    model = on_device(build_network(config.network, config.dropout, len(pair.classes)), device)
     if processes.count > 1:
         distributed.join_batch_norms(model, device)
     teacher = None
     if config.modern:
-        teacher = Teacher(model, config.modern.teacher_decay, len(CLASS_NAMES), processes)
+        teacher = Teacher(model, config.modern.teacher_decay, len(pair.classes), processes)
     preprocess = preprocessing_for(config, (pair.source_images, pair.target_images))
     larger = max(len(pair.source_images), len(pair.target_images))
     steps = config.epoch_steps or -(-larger // config.batch_size)  # an epoch; the same for every method
@@ -183,20 +183,21 @@ def set_up(
     loader = PairedLoader(
         pair.labelled, pair.target_images, config.batch_size, config.seed, preprocess, views, device, steps, part
     )
-    training = to_dict(config)
+    training = to_dict(config) | pair.marks
     run = Run(
         folder=folder,
         model=model,
         optimizer=make_optimizer(model, config, device),
         teacher=teacher,
-        config=training,
-        use=usage(config.network, preprocess, config.source, config.target, config.precision, training | pair.marks),
+        config=to_dict(config),
+        use=usage(config, preprocess, pair.classes, training),
         data={"marks": pair.marks, "checksums": pair.checksums, "images": pair.counts},
         steps_per_epoch=steps,
         dry_run=dry_run,
         sessions=[machine.session(device, config.precision, compiled, processes.count)],
     )
-    return run, loader, Classifier(run.tested_model, preprocess, device, config.precision, source=config.source)
+    used = (preprocess, device, config.precision, pair.classes, config.source, config.target)
+    return run, loader, Classifier(run.tested_model, *used)
 
 
 def main() -> None:

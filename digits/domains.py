@@ -136,6 +136,11 @@ class Pair:
     checksums: dict[str, str]  # file -> md5
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, those of both domains."""
+        return self.labelled.classes
+
+    @property
     def counts(self) -> list[int]:
         """How many images there are of each kind."""
         return [len(part) for part in (self.labelled, self.target_images, self.source_test, self.target_test)]

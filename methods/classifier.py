@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from data_loader import Preprocessing
-from digits.domains import CLASS_NAMES
 from methods.networks import NETWORKS, build_network, on_device
+from methods.recipes import Config
 from model import DANN
 from utils import machine
 from utils.checkpoint import load_into, load_weights
@@ -62,7 +62,7 @@ class Classifier:
     preprocess: Preprocessing
     device: torch.device
     precision: str
-    classes: tuple[str, ...] = CLASS_NAMES
+    classes: tuple[str, ...] = tuple("0123456789")
     source: str = ""
     target: str = ""
     training: dict[str, Any] = field(default_factory=dict)
@@ -95,15 +95,12 @@ class Classifier:
         return self.outputs(self.model, images, domain).softmax(1).cpu()
 
 
-def usage(network: str, preprocess: Preprocessing, source: str, target: str, precision: str, training: dict) -> dict:
+def usage(config: Config, preprocess: Preprocessing, classes: tuple[str, ...], training: dict) -> dict:
     """What stands beside weights: all that is needed to use them, and under "training" a record for people."""
     return {
-        "network": network,
-        "classes": list(CLASS_NAMES),
+        **{key: getattr(config, key) for key in ("network", "source", "target", "precision")},
+        "classes": list(classes),
         "preprocessing": asdict(preprocess),
-        "source": source,
-        "target": target,
-        "precision": precision,
         "training": training,
     }
 
@@ -133,7 +130,7 @@ def load_classifier(
     if network not in NETWORKS:
         known = ", ".join(NETWORKS)
         raise UserError(f"{path} holds weights of {network!r}, no network of this version: use weights of {known}")
-    model = build_network(network)
+    model = build_network(network, classes=len(classes))
     load_into(model, weights, path, network)
     model = on_device(model, device).eval()
     precision = trained if precision == "as-trained" else precision

@@ -8,12 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from data_loader import Preprocessing, mean_pixel
-from digits.domains import CLASS_NAMES
 from methods.modern import ClassWiseDiscriminator
 from methods.recipes import Config
 from model import DANN, DomainBatchNorm, DomainDiscriminator, FeatureExtractor, LabelClassifier
-
-CLASSES = len(CLASS_NAMES)
 
 
 class Dropout(nn.Dropout):
@@ -69,10 +66,10 @@ def _mlp(*sizes: int, dropout: float | None = None) -> list[nn.Module]:
     return layers[:-1]
 
 
-def _system_a(part: str, dropout: float) -> list[nn.Module]:
+def _system_a(part: str, dropout: float, classes: int) -> list[nn.Module]:
     """28×28. The paper's SVHN net as the usual PyTorch scripts write it; 28 → 14 → 7 by padded pooling."""
     if part == "classifier":
-        return _mlp(6272, 3072, 2048, CLASSES)
+        return _mlp(6272, 3072, 2048, classes)
     if part == "discriminator":
         return [*_mlp(6272, 1024, 1024, 2), LogitDifference()]
     pool = nn.MaxPool2d(3, stride=2, padding=1)
@@ -80,10 +77,10 @@ def _system_a(part: str, dropout: float) -> list[nn.Module]:
     return [*convolutions, Dropout(dropout), nn.Flatten()]
 
 
-def _system_b(part: str, dropout: float) -> list[nn.Module]:
+def _system_b(part: str, dropout: float, classes: int) -> list[nn.Module]:
     """32×32. The Keras scripts' CNN and CNN-GRL; dropout after each block is half of that before the labels."""
     if part == "classifier":
-        return [Dropout(dropout), *_mlp(512, 32, CLASSES)]
+        return [Dropout(dropout), *_mlp(512, 32, classes)]
     if part == "discriminator":
         return [*_mlp(512, 512, 32, 2), LogitDifference()]
     layers: list[nn.Module] = []
@@ -93,36 +90,36 @@ def _system_b(part: str, dropout: float) -> list[nn.Module]:
     return [*layers, nn.Flatten(), nn.Linear(64 * 6 * 6, 512), nn.ReLU(inplace=True)]
 
 
-def _paper_svhn(part: str, dropout: float) -> list[nn.Module]:
+def _paper_svhn(part: str, dropout: float, classes: int) -> list[nn.Module]:
     """32×32. JMLR figure 4(c).
 
     Note: the paper does not state the padding; padding 2 and rounding up give 32 → 16 → 8.
     """
     if part == "classifier":
-        return _mlp(8192, 3072, 2048, CLASSES, dropout=dropout)
+        return _mlp(8192, 3072, 2048, classes, dropout=dropout)
     if part == "discriminator":
         return [*_mlp(8192, 1024, 1024, 1, dropout=dropout), nn.Flatten(0)]
     pool = nn.MaxPool2d(3, stride=2, ceil_mode=True)
     return [*_conv_pool(3, 64, 5, pool), *_conv_pool(64, 64, 5, pool), *_conv(64, 128, 5), nn.Flatten()]
 
 
-def _paper_mnist(part: str, dropout: float) -> list[nn.Module]:
+def _paper_mnist(part: str, dropout: float, classes: int) -> list[nn.Module]:
     """32×32. JMLR figure 4(a), padded so that 32 → 16 → 8 (the paper does not state the padding)."""
     if part == "classifier":
-        return _mlp(3072, 100, 100, CLASSES, dropout=dropout)
+        return _mlp(3072, 100, 100, classes, dropout=dropout)
     if part == "discriminator":
         return [*_mlp(3072, 100, 1, dropout=dropout), nn.Flatten(0)]
     pool = nn.MaxPool2d(2)
     return [*_conv_pool(3, 32, 5, pool), *_conv_pool(32, 48, 5, pool), nn.Flatten()]
 
 
-def _small(part: str, dropout: float) -> list[nn.Module]:
+def _small(part: str, dropout: float, classes: int) -> list[nn.Module]:
     """32×32. Our own small network: three 3×3 convolutions, 32 → 16 → 8 → 4, and 128 features.
 
     Its batch norm keeps each domain's own statistics.
     """
     if part == "classifier":
-        return _mlp(128, CLASSES)
+        return _mlp(128, classes)
     if part == "discriminator":
         return [*_mlp(128, 128, 1), nn.Flatten(0)]
     blocks = [*_conv_pool_norm(3, 32), *_conv_pool_norm(32, 48), *_conv_pool_norm(48, 64), nn.Flatten()]
@@ -131,15 +128,15 @@ def _small(part: str, dropout: float) -> list[nn.Module]:
     return [DomainBatchNorm(layer) if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) else layer for layer in layers]
 
 
-def _modern(part: str, dropout: float) -> list[nn.Module]:
+def _modern(part: str, dropout: float, classes: int) -> list[nn.Module]:
     """Grey 32×32. Our own: six batch-normed 3×3 convolutions, 32 → 16 → 8 → 4 → 2, averaged over places; 128 features.
 
     The average binds the features to no place. The discriminator judges each class by itself.
     """
     if part == "classifier":
-        return _mlp(128, CLASSES)
+        return _mlp(128, classes)
     if part == "discriminator":
-        return _mlp(128, 128, CLASSES)
+        return _mlp(128, 128, classes)
     layers: list[nn.Module] = []
     for inputs, outputs, pool in ((1, 32, True), (32, 64, False), (64, 64, True), (64, 128, False), (128, 128, True)):
         layers += _conv_pool_norm(inputs, outputs, pool)
@@ -151,10 +148,10 @@ def _modern(part: str, dropout: float) -> list[nn.Module]:
 class Network:
     """One row of the table of architectures.
 
-    `layers(part, dropout)` lists the layers of the "extractor", the "classifier" or the "discriminator".
+    `layers(part, dropout, classes)` lists the layers of the "extractor", the "classifier" or the "discriminator".
     """
 
-    layers: Callable[[str, float], list[nn.Module]]
+    layers: Callable[[str, float, int], list[nn.Module]]
     image_size: int  # height and width of its input, pixels
     channels: int = 3  # 3: colour; 1: grey, which colour images are turned into
     batch_normed: bool = False
@@ -171,18 +168,19 @@ NETWORKS: dict[str, Network] = {
 }
 
 
-def build_network(name: str, dropout: float = 0.0) -> DANN:
+def build_network(name: str, dropout: float = 0.0, classes: int = 10) -> DANN:
     """A network with new weights.
 
     Args:
         name: a key of NETWORKS.
         dropout: probability in [0, 1).
+        classes: how many there are.
     """
     network = NETWORKS[name]
     model = DANN(
-        FeatureExtractor(nn.Sequential(*network.layers("extractor", dropout))),
-        LabelClassifier(nn.Sequential(*network.layers("classifier", dropout))),
-        network.discriminator(nn.Sequential(*network.layers("discriminator", dropout))),
+        FeatureExtractor(nn.Sequential(*network.layers("extractor", dropout, classes))),
+        LabelClassifier(nn.Sequential(*network.layers("classifier", dropout, classes))),
+        network.discriminator(nn.Sequential(*network.layers("discriminator", dropout, classes))),
     )
     if name == "system-a":
         model.apply(_initialise_system_a)

@@ -17,12 +17,12 @@ def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> to
     return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=fused)
 
 
-def balancing_weights(labels: Tensor, classes: int) -> Tensor:
+def balancing_weights(labels: Tensor) -> Tensor:
     """The weight of a class's images with which all classes count alike; 1 on average, 0 for a class without images.
 
-    Shape: (N,) -> (K,)
+    Shape: (N,) -> (largest label + 1,)
     """
-    counts = torch.bincount(labels, minlength=classes)
+    counts = torch.bincount(labels)
     present = counts > 0
     return present * len(labels) / (present.sum() * counts.clamp(min=1))
 

@@ -21,10 +21,11 @@ from annotate.draw import draw_digits
 from annotate.find_digits import find_digits
 from annotate.pictures import mark_in, open_picture
 from data_loader import Preprocessing
-from digits.domains import load_domain
+from digits.domains import CLASS_NAMES, load_domain
 from image_annotate import IMAGES
 from methods.classifier import load_classifier, usage
 from methods.networks import build_network
+from methods.recipes import Config
 from utils.checkpoint import save_weights
 from utils.pretrained import read_index
 
@@ -43,7 +44,7 @@ def ignorant(tmp_path_factory):
     """Weights of a network that has learnt nothing."""
     path = tmp_path_factory.mktemp("ignorant") / "ignorant.safetensors"
     torch.manual_seed(0)
-    about = usage("small", Preprocessing(32), "svhn", "mnist", "fp32", {})
+    about = usage(Config(), Preprocessing(32), CLASS_NAMES, {})
     save_weights(path, build_network("small").state_dict(), about)
     return path
 

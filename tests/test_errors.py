@@ -24,10 +24,11 @@ import image_annotate
 import main
 import valid
 from annotate import pictures
+from digits.domains import CLASS_NAMES
 from methods.classifier import usage
 from methods.modern import ModernObjective
 from methods.networks import build_network, preprocessing_for
-from methods.recipes import recipe_config
+from methods.recipes import Config
 from methods.teacher import Teacher
 from utils import machine
 from utils.checkpoint import load_weights, save_weights
@@ -292,7 +293,7 @@ def test_full_disk_for_tensorboard(tiny_data, tmp_path):
     assert_nothing_half_written(tmp_path / "run")
 
 
-ABOUT = usage("small", preprocessing_for(recipe_config("quick")), "svhn", "mnist", "fp32", {})
+ABOUT = usage(Config(precision="fp32"), preprocessing_for(Config()), CLASS_NAMES, {})
 ODD = "classifier.layers.0.bias"
 NOISE = random.Random(0).randbytes(3000)
 

@@ -288,7 +288,7 @@ def test_the_predicted_domain_is_the_one_that_costs_less():
 
 def test_balancing_weights_let_the_classes_count_alike():
     labels = torch.tensor([1, 1, 1, 1, 1, 1, 7, 7, 9, 1])
-    weights = balancing_weights(labels, 10)
+    weights = balancing_weights(labels)
     assert weights.tolist() == pytest.approx([0, 10 / 21, 0, 0, 0, 0, 0, 10 / 6, 0, 10 / 3])
     assert weights[labels].mean().item() == pytest.approx(1)
 
@@ -362,3 +362,11 @@ def test_a_network_takes_the_statistics_of_the_domain_it_is_given():
         assert torch.equal(model(x, domain), model.classifier(model.extractor(x, domain)))
     assert torch.equal(model(x_t), model(x_t, "target"))
     assert not build_network("modern").extractor.domain_norms
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_network_has_as_many_classes_as_it_is_asked_for(network):
+    model, x = build_network(network, classes=26).eval(), images_for(network, 2)
+    assert model(x).shape == (2, 26)
+    assert model.discriminator(model.extractor(x)).shape == (2,)
+    assert model.discriminator.layers(model.extractor(x)).shape[1:] == ((26,) if network == "modern" else ())

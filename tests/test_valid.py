@@ -18,9 +18,10 @@ from torch import nn
 import download_data
 import valid
 from data_loader import DigitSet, Preprocessing
-from digits.domains import load_domain
+from digits.domains import CLASS_NAMES, load_domain
 from methods.classifier import Classifier, load_classifier, usage
 from methods.networks import NETWORKS, build_network
+from methods.recipes import Config
 from utils import pretrained
 from utils.checkpoint import load_weights, save_weights
 
@@ -212,7 +213,7 @@ def test_weights_fit_whatever_dropout_they_were_trained_with(network):
 def test_weights_need_no_more_beside_them_than_their_use(validate, quick_run, tmp_path):
     weights, about = load_weights(quick_run / "model.safetensors")
     about = {**about, "preprocessing": dict(about["preprocessing"]), "training": {"a_setting_of_tomorrow": [1]}}
-    assert about.keys() == usage("small", PER_IMAGE, "svhn", "mnist", "fp32", {}).keys()
+    assert about.keys() == usage(Config(), PER_IMAGE, CLASS_NAMES, {}).keys()
     save_weights(tmp_path / "bare.safetensors", weights, about)
     assert counts_of(validate("--weights", tmp_path / "bare.safetensors")[0]) == expected_counts(quick_run)
     assert load_classifier(str(tmp_path / "bare.safetensors"), CPU).training == about["training"]
