@@ -54,7 +54,7 @@ def entries(folder):
 def test_points_have_domain_digit_prediction_and_thumbnail(whole_run, classifier, shown):
     assert entries(whole_run) == [START, END]
     header, *rows = (whole_run / "tensorboard/00011/features/metadata.tsv").read_text().splitlines()
-    assert header == "domain\tdigit\tpredicted\tright"
+    assert header == "domain\tclass\tpredicted\tright"
     expected = []
     for name, part in zip(("svhn", "mnist"), shown, strict=True):
         predicted = classifier.probabilities(part.images).argmax(1).tolist()
@@ -155,10 +155,10 @@ def texts(figure):
 
 
 def test_a_confusion_matrix_shows_every_count():
-    figure = confusion_figure({"dann": torch.arange(100).view(10, 10)}, "MNIST")
+    figure = confusion_figure({"dann": torch.arange(100).view(10, 10)}, "MNIST", tuple("0123456789"))
     assert texts(figure) == [str(count) for count in range(100)]
     assert figure.axes[0].get_title() == "dann: 10.00% (495 / 4,950)"
-    assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == ("predicted", "true digit")
+    assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == ("predicted", "true class")
 
 
 @pytest.mark.parametrize("wrong", [[3, 15], []])

@@ -24,8 +24,8 @@ from tools.figure_curves import chance_loss, column, lambda_curve
 from tools.figure_data import load_network, sample
 from utils.checkpoint import load_weights, save_weights
 from valid import evaluate
-from watch.features import neighbour_share, proxy_a_distance, same_digit_share
-from watch.plots import spread
+from watch.features import neighbour_share, proxy_a_distance, same_class_share
+from watch.plots import class_colours, spread
 
 CPU = torch.device("cpu")
 NAMES = ("architecture", "samples", "curves", "confusion", "misclassified", "features")
@@ -69,10 +69,10 @@ def test_neighbour_share_by_all_distances():
     assert neighbour_share(f_s, f_t, 10) == pytest.approx((domains[nearest] != domains[:, None]).mean())
 
 
-def test_same_digit_share_by_hand():
+def test_same_class_share_by_hand():
     """Targets at 1, 6 and 9 next to sources at 0, 5 and 10."""
     f_s, f_t = np.array([[0.0], [5.0], [10.0]]), np.array([[1.0], [6.0], [9.0]])
-    assert same_digit_share(f_s, np.array([3, 4, 5]), f_t, np.array([3, 9, 5])) == pytest.approx(2 / 3)
+    assert same_class_share(f_s, np.array([3, 4, 5]), f_t, np.array([3, 9, 5])) == pytest.approx(2 / 3)
 
 
 # --- what is drawn ----------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_figures_of_a_run_and_its_source_only_run(monkeypatch, runs, arguments):
         assert all(network[key] == result[key] for key in ("target_correct", "target_total", "method", "seed"))
         assert network["samples"] == 126, "all of the 63 svhn images, and as many of MNIST's"
         assert network["features"] == 128
-    counts, (before, after) = printed["target_test_digits"], printed["networks"]
+    counts, (before, after) = printed["target_test_images"], printed["networks"]
     assert counts["gained"] - counts["lost"] == after["target_correct"] - before["target_correct"]
 
 
@@ -204,7 +204,7 @@ def test_figures_of_a_run_alone(monkeypatch, capsys, runs, arguments, tmp_path):
     check_figures(tmp_path)
     result = json.loads((runs / "source-only" / "result.json").read_text())
     wrong = result["target_total"] - result["target_correct"]
-    counts = json.loads(capsys.readouterr().out)["target_test_digits"]
+    counts = json.loads(capsys.readouterr().out)["target_test_images"]
     assert counts == {"total": result["target_total"], "misclassified": wrong}
 
 
@@ -291,3 +291,10 @@ def test_kept_figures_are_shown_and_come_from_the_kept_networks():
         tested = evaluate(network.classifier, load_domain(entry["target"], "test", ROOT / "data"))
         assert tested.total == entry["target_total"]
         assert abs(tested.correct - entry["target_correct"]) <= 2  # another machine may round two images away
+
+
+def test_colours_tell_any_number_of_classes_apart():
+    for count in (2, 10, 26, 100):
+        colours = class_colours(count)
+        assert len(set(colours)) == len(colours) == count
+    assert class_colours(3) == class_colours(10)[:3]

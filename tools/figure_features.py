@@ -10,7 +10,7 @@ SAMPLES = 3000  # half of each domain
 
 
 def compared_features(networks: list[Network], domains: Domains) -> tuple[Figure, list[dict[str, float]]]:
-    """The features of each network, coloured by domain and by digit; and the numbers beside the pictures."""
+    """The features of each network, coloured by domain and by class; and the numbers beside the pictures."""
     sources = len(domains.source_test) + len(domains.source_train)
     targets = len(domains.target_test) + len(domains.target_train)
     half = min(SAMPLES // 2, sources, targets)
@@ -21,7 +21,13 @@ def compared_features(networks: list[Network], domains: Domains) -> tuple[Figure
     figure, grid = features_figure(len(networks), domains.source_test.domain, domains.target_test.domain, 2 * half)
     numbers = [
         draw_features(
-            row, network.label, network.features(x_s, "source"), y_s.numpy(), network.features(x_t), y_t.numpy()
+            row,
+            network.label,
+            network.features(x_s, "source"),
+            y_s.numpy(),
+            network.features(x_t),
+            y_t.numpy(),
+            domains.target_test.classes,
         )
         for row, network in zip(grid, networks, strict=True)
     ]

@@ -78,7 +78,7 @@ def draw(networks: list[Network], args: argparse.Namespace) -> dict:
         target = domains.target_test
         tested = {network.label: evaluate(network.classifier, target) for network in networks}
         confusions = {name: outcome.confusion for name, outcome in tested.items()}
-        save("confusion", confusion_figure(confusions, target.mark))
+        save("confusion", confusion_figure(confusions, target.mark, target.classes))
         predictions = {name: outcome.predicted for name, outcome in tested.items()}
         figure, counts = misclassified_figure(predictions, target, run.classifier.preprocess.image_size)
         save("misclassified", figure)
@@ -86,7 +86,7 @@ def draw(networks: list[Network], args: argparse.Namespace) -> dict:
         save("features", figure)
     for entry, outcome, found in zip(numbers, tested.values(), features, strict=True):
         entry |= {"target_correct": outcome.correct, "target_total": outcome.total, **found}
-    return {"kind": "figures", "networks": numbers, "target_test_digits": counts}
+    return {"kind": "figures", "networks": numbers, "target_test_images": counts}
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ LARGEST_SIDE = 32  # thumbnails in a row of the projector's square of them, half
 COMPONENTS = 50  # of a feature vector that has more values than MOST_VALUES
 MOST_VALUES = 128
 LOOKED_AT = 2000  # target test images, spread over the set, among which misclassified ones are looked for
-METADATA = ("domain", "digit", "predicted", "right")
+METADATA = ("domain", "class", "predicted", "right")
 
 
 class Board:
@@ -60,13 +60,14 @@ class Board:
         return [self.classifier.features(source, "source").cpu(), self.classifier.features(target).cpu()]
 
     def embed(self, step: int, f_s: Tensor, f_t: Tensor) -> None:
-        """The features in the projector, with domain, digit and prediction, and the images as thumbnails."""
+        """The features in the projector, with domain, class and prediction, and the images as thumbnails."""
         resize = self.classifier.preprocess.resize
         rows = []
         for part, domain in zip(self.parts, ("source", "target"), strict=True):
             predicted = self.classifier.probabilities(part.images, domain).argmax(1)
-            for digit, answer in zip(part.labels.tolist(), predicted.tolist(), strict=True):
-                rows.append((part.domain, digit, answer, "yes" if answer == digit else "no"))
+            for label, answer in zip(part.labels.tolist(), predicted.tolist(), strict=True):
+                right = "yes" if answer == label else "no"
+                rows.append((part.domain, part.classes[label], part.classes[answer], right))
         thumbnails = torch.cat([resize(part.images).expand(-1, 3, -1, -1) for part in self.parts])
         points = principal_components(torch.cat((f_s, f_t)))
         self.log.embedding("features", step, points, rows, METADATA, thumbnails / 255)
@@ -88,7 +89,13 @@ class Board:
         source, target = self.parts
         figure, (row,) = features_figure(1, source.domain, target.domain, len(f_s) + len(f_t))
         numbers = draw_features(
-            row, self.config.method, f_s.numpy(), source.labels.numpy(), f_t.numpy(), target.labels.numpy()
+            row,
+            self.config.method,
+            f_s.numpy(),
+            source.labels.numpy(),
+            f_t.numpy(),
+            target.labels.numpy(),
+            target.classes,
         )
         self.log.figure("features/plane", step, figure)
         self.log.scalars(step, {"features/proxy_a_distance": numbers["proxy_a_distance"]})
@@ -98,7 +105,9 @@ class Board:
         from watch.plots import confusion_figure, misclassified_figure
 
         target, name = self.pair.target_test, self.config.method
-        self.log.figure("target/confusion", step, confusion_figure({name: tested.confusion}, target.mark))
+        self.log.figure(
+            "target/confusion", step, confusion_figure({name: tested.confusion}, target.mark, target.classes)
+        )
         predictions = {name: tested.predicted[spread_index(target, LOOKED_AT)]}
         size = self.classifier.preprocess.image_size
         figure, _ = misclassified_figure(predictions, spread_over(target, LOOKED_AT), size)

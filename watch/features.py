@@ -12,7 +12,7 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from watch.plots import DIGITS, SOURCE, TARGET, new_figure, without_frame
+from watch.plots import SOURCE, TARGET, class_colours, new_figure, without_frame
 
 NEIGHBOURS = 10
 FOLDS = 5
@@ -49,8 +49,8 @@ def neighbour_share(f_s: np.ndarray, f_t: np.ndarray, neighbours: int = NEIGHBOU
     return float(np.mean(domains[nearest] != domains[:, None]))
 
 
-def same_digit_share(f_s: np.ndarray, y_s: np.ndarray, f_t: np.ndarray, y_t: np.ndarray) -> float:
-    """Share of target samples whose nearest source sample shows the same digit.
+def same_class_share(f_s: np.ndarray, y_s: np.ndarray, f_t: np.ndarray, y_t: np.ndarray) -> float:
+    """Share of target samples whose nearest source sample is of the same class.
 
     Shape: (N, F), (N,), (M, F), (M,) -> a number in [0, 1]
     """
@@ -83,39 +83,45 @@ def draw_domains(axes: Axes, points: np.ndarray, sources: int) -> None:
     axes.scatter(points[order, 0], points[order, 1], 5, colours[order], alpha=0.7, linewidths=0)
 
 
-def draw_digits(axes: Axes, points: np.ndarray, digits: np.ndarray, sources: int) -> None:
-    """Points coloured by digit, and numerals where most of a digit's source and of its target points are."""
-    order = np.random.default_rng(SEED).permutation(len(points))
-    axes.scatter(points[order, 0], points[order, 1], 5, np.array(DIGITS)[digits[order]], alpha=0.7, linewidths=0)
+def draw_classes(axes: Axes, points: np.ndarray, labels: np.ndarray, sources: int, classes: tuple[str, ...]) -> None:
+    """Points coloured by class, whose names stand where most of its source and of its target points are."""
+    order, colours = np.random.default_rng(SEED).permutation(len(points)), class_colours(len(classes))
+    axes.scatter(points[order, 0], points[order, 1], 5, np.array(colours)[labels[order]], alpha=0.7, linewidths=0)
     places: list[np.ndarray] = []
     for part in (slice(sources), slice(sources, None)):
-        for digit in np.unique(digits[part]):
-            place = densest(points[part][digits[part] == digit])
+        for label in np.unique(labels[part]):
+            place = densest(points[part][labels[part] == label])
             if all(np.abs(place - other).max() > 0.07 * np.ptp(points) for other in places):  # not over each other
                 places.append(place)
-                look = {"facecolor": "white", "edgecolor": DIGITS[digit], "linewidth": 1.5}
-                box = {"boxstyle": "circle,pad=0.15", **look}
+                look = {"facecolor": "white", "edgecolor": colours[label], "linewidth": 1.5}
+                box = {"boxstyle": "circle,pad=0.15" if len(classes[label]) == 1 else "round,pad=0.15", **look}
                 x, y = place
-                axes.text(x, y, str(digit), ha="center", va="center", fontsize=9, fontweight="bold", bbox=box)
+                axes.text(x, y, classes[label], ha="center", va="center", fontsize=9, fontweight="bold", bbox=box)
 
 
 def draw_features(
-    row: tuple[Axes, Axes], label: str, f_s: np.ndarray, y_s: np.ndarray, f_t: np.ndarray, y_t: np.ndarray
+    row: tuple[Axes, Axes],
+    label: str,
+    f_s: np.ndarray,
+    y_s: np.ndarray,
+    f_t: np.ndarray,
+    y_t: np.ndarray,
+    classes: tuple[str, ...],
 ) -> dict[str, float]:
-    """A network's features, coloured by domain and by digit; returns the numbers under the pictures.
+    """A network's features, coloured by domain and by class; returns the numbers beside the pictures.
 
     Shape: (N, F), (N,), (M, F), (M,)
     """
-    by_domain, by_digit = row
+    by_domain, by_class = row
     distance, share = proxy_a_distance(f_s, f_t), neighbour_share(f_s, f_t)
-    same_digit = same_digit_share(f_s, y_s, f_t, y_t)
+    same_class = same_class_share(f_s, y_s, f_t, y_t)
     points = plane(np.concatenate((f_s, f_t)))
     draw_domains(by_domain, points, len(f_s))
-    draw_digits(by_digit, points, np.concatenate((y_s, y_t)), len(f_s))
+    draw_classes(by_class, points, np.concatenate((y_s, y_t)), len(f_s), classes)
     by_domain.set_title(f"{label}, by domain: proxy A-distance {distance:.2f}")
-    by_digit.set_title(f"{label}, by digit")
+    by_class.set_title(f"{label}, by class")
     by_domain.set_xlabel(f"other-domain neighbours {share:.1%}")
-    by_digit.set_xlabel(f"nearest source sample has the same digit: {same_digit:.1%} of target")
+    by_class.set_xlabel(f"nearest source sample is of the same class: {same_class:.1%} of target")
     for axes in row:
         without_frame(axes)
     return {
@@ -123,7 +129,7 @@ def draw_features(
         "features": f_s.shape[1],
         "proxy_a_distance": round(distance, 3),
         "neighbour_share": round(share, 4),
-        "same_digit_share": round(same_digit, 4),
+        "same_class_share": round(same_class, 4),
     }
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from data_loader import DigitSet, Preprocessing
-from digits.domains import CLASS_NAMES
 from utils.files import write_atomically
 
 WIDTH = 8.5  # inches: a README shows a figure at about 850 pixels, so that a point is 1.4 of its pixels
@@ -24,13 +24,14 @@ COLOURS = 256  # of the PNG's palette; keeps each file small
 COLUMNS = 12  # pictures in a row
 GAP = 0.08  # between pictures, in pictures
 
-# Okabe and Ito's colours, safe for colour-blind readers; a domain or a digit has the same one in every figure.
+# Okabe and Ito's colours, safe for colour-blind readers; a domain or a class has the same one in every figure.
 SOURCE, TARGET = "#0072B2", "#D55E00"
 REFERENCE = "#000000"
-DIGITS = (
+CLASSES = (
     *("#000000", "#E69F00", "#56B4E9", "#009E73", "#B8A800"),
     *("#0072B2", "#D55E00", "#CC79A7", "#8C8C8C", "#7A3E9D"),
 )
+LEGIBLE = 15  # classes of a confusion matrix whose counts can still be read
 # Opaque white, so that a figure reads alike on GitHub's white and on its dark page.
 STYLE: Any = {
     "font.size": 9,
@@ -46,6 +47,13 @@ STYLE: Any = {
     "figure.constrained_layout.w_pad": 0.09,
     "figure.constrained_layout.h_pad": 0.09,
 }
+
+
+def class_colours(count: int) -> list[str]:
+    """A colour for each of so many classes; beyond ten from all around the circle of colours."""
+    if count <= len(CLASSES):
+        return list(CLASSES[:count])
+    return [to_hex(hsv_to_rgb((i / count, 1, 0.55 + 0.3 * (i % 2))).tolist()) for i in range(count)]
 
 
 def new_figure(height: float) -> Figure:
@@ -118,42 +126,48 @@ def as_pictures(x: Tensor, low: float, high: float) -> np.ndarray:
     return np.clip((values - low) / max(high - low, 1e-6), 0, 1)
 
 
-def spread(chosen: Tensor, digits: Tensor, count: int, seed: int) -> Tensor:
-    """`count` of the chosen images, drawn so that each digit gets its turn, in the order of the digits.
+def spread(chosen: Tensor, labels: Tensor, count: int, seed: int) -> Tensor:
+    """`count` of the chosen images, drawn so that each class gets its turn, in the order of the classes.
 
     Shape: (N,) int64 indices, (M,) int64 labels of all images -> (at most count,) int64
     """
     chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))]
-    counted = F.one_hot(digits[chosen], len(CLASS_NAMES)).cumsum(0)
-    turn = counted.gather(1, digits[chosen][:, None])[:, 0]  # an image is the how-manieth of its digit
+    counted = F.one_hot(labels[chosen], int(labels.max()) + 1).cumsum(0)
+    turn = counted.gather(1, labels[chosen][:, None])[:, 0]  # an image is the how-manieth of its class
     chosen = chosen[turn.argsort(stable=True)[:count]]
-    return chosen[digits[chosen].argsort(stable=True)]
+    return chosen[labels[chosen].argsort(stable=True)]
 
 
-def draw_confusion(axes: Axes, confusion: Tensor, title: str) -> None:
-    """Counts, coloured by their share of the true digit's images. Shape: (10, 10), rows the true digit."""
+def draw_confusion(axes: Axes, confusion: Tensor, title: str, classes: tuple[str, ...]) -> None:
+    """Counts, coloured by their share of the true class's images. Shape: (K, K), rows the true class."""
     counts = confusion.numpy()
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (true, predicted), count in np.ndenumerate(counts):
+    for (true, predicted), count in np.ndenumerate(counts) if len(classes) <= LEGIBLE else ():
         colour = "#999999" if count == 0 else "white" if shares[true, predicted] > 0.6 else "black"
         axes.text(predicted, true, f"{count}", ha="center", va="center", color=colour, fontsize=8)
-    axes.set(xticks=range(len(CLASS_NAMES)), yticks=range(len(CLASS_NAMES)), xlabel="predicted", ylabel="true digit")
+    axes.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 2 else 0)
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set(xlabel="predicted", ylabel="true class")
     correct, total = counts.trace(), counts.sum()
     axes.set_title(f"{title}: {correct / total:.2%} ({correct:,} / {total:,})")
     axes.tick_params(length=0)
 
 
 @matplotlib.rc_context(STYLE)
-def confusion_figure(confusions: dict[str, Tensor], mark: str) -> Figure:
-    """How often which test digit is predicted as which, by each network by name. Args: mark: what the digits are."""
+def confusion_figure(confusions: dict[str, Tensor], mark: str, classes: tuple[str, ...]) -> Figure:
+    """How often test images of which class are predicted as which, by each network by name.
+
+    Args:
+        mark: what the images are.
+    """
     figure = new_figure(5)
     panels = figure.subplots(1, len(confusions), squeeze=False)[0]
     for axes, (name, confusion) in zip(panels, confusions.items(), strict=True):
-        draw_confusion(axes, confusion, name)
+        draw_confusion(axes, confusion, name, classes)
     figure.supxlabel(
-        f"{mark} test digits by what they are and what they are predicted as; the darker, the larger the share of "
-        "the true digit",
+        f"{mark} test images by what they are and what they are predicted as; the darker, the larger the share of "
+        "the true class",
         fontsize=9,
     )
     return figure
@@ -163,7 +177,7 @@ def confusion_figure(confusions: dict[str, Tensor], mark: str) -> Figure:
 def misclassified_figure(
     predictions: dict[str, Tensor], target: DigitSet, image_size: int, seed: int = 0
 ) -> tuple[Figure, dict[str, int]]:
-    """Digits that the first network misclassifies and the second one does not, and the other way; of one, its own.
+    """Images that the first network misclassifies and the second one does not, and the other way; of one, its own.
 
     Returns the figure and the counts.
 
@@ -171,9 +185,9 @@ def misclassified_figure(
         predictions: of each network, by name, for each image of `target`, int64 of shape (N,).
         image_size: height and width of the pictures, pixels.
     """
-    digits, names = target.labels, list(predictions)
-    right = [prediction == digits for prediction in predictions.values()]
-    total = f"{{count:,}} of {len(target):,} {target.domain} test digits"
+    labels, classes, names = target.labels, target.classes, list(predictions)
+    right = [prediction == labels for prediction in predictions.values()]
+    total = f"{{count:,}} of {len(target):,} {target.domain} test images"
     if len(names) == 1:
         groups = [("misclassified", ~right[0], 3, f"Misclassified by {names[0]}: {total}")]
     else:
@@ -186,10 +200,10 @@ def misclassified_figure(
         chosen = mask.nonzero()[:, 0]
         counts[name] = len(chosen)
         heading = heading.format(count=counts[name])
-        for part in spread(chosen, digits, lines * COLUMNS, seed).split(COLUMNS):
+        for part in spread(chosen, labels, lines * COLUMNS, seed).split(COLUMNS):
             captions = [
-                " → ".join(str(int(prediction[i])) for prediction in predictions.values()) + f"\ntrue {digits[i]}"
-                for i in part.tolist()
+                " → ".join(classes[prediction[i]] for prediction in predictions.values()) + f"\ntrue {classes[label]}"
+                for i, label in zip(part.tolist(), labels[part].tolist(), strict=True)
             ]
             pictures = target.images[part]
             if len(part):  # nothing to interpolate in nothing
