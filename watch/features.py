@@ -1,5 +1,6 @@
 """The features of two domains: numbers that say how mixed they are, and their picture in the plane."""
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,7 +13,7 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from watch.plots import SOURCE, TARGET, class_colours, new_figure, without_frame
+from watch.plots import SOURCE, STYLE, TARGET, class_colours, new_figure, without_frame
 
 NEIGHBOURS = 10
 FOLDS = 5
@@ -99,6 +100,7 @@ def draw_classes(axes: Axes, points: np.ndarray, labels: np.ndarray, sources: in
                 axes.text(x, y, classes[label], ha="center", va="center", fontsize=9, fontweight="bold", bbox=box)
 
 
+@matplotlib.rc_context(STYLE)
 def draw_features(
     row: tuple[Axes, Axes],
     label: str,
@@ -133,6 +135,7 @@ def draw_features(
     }
 
 
+@matplotlib.rc_context(STYLE)
 def features_figure(rows: int, source: str, target: str, samples: int) -> tuple[Figure, np.ndarray]:
     """A figure for the features of so many networks, to be drawn by `draw_features`, and its axes (rows, 2).
 
