@@ -137,7 +137,7 @@ def test_what_is_drawn_and_printed_is_the_same_every_time(annotate, documents, n
 def test_one_preprocessing(classifier, note, tiny):
     """What the network sees comes out of the one preprocessing function, whose size and normalisation are its own."""
     seen = []
-    hook = classifier.model.register_forward_pre_hook(lambda model, inputs: seen.extend(inputs))
+    hook = classifier.model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0]))
     candidates = find_digits(open_picture(note))
     for path in (note, tiny):
         classify(open_picture(path), candidates, classifier, 0)
