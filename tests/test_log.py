@@ -104,6 +104,7 @@ def test_a_resumed_run_shows_the_same_curves(monkeypatch, whole_run, tiny_data, 
     if interruption is kill:
         logs[0].close()  # so that what the killed run logged is on disk, as it may be
     expected = curves(whole_run)
+    del expected["features/proxy_a_distance"]  # comes with figures, which the other runs do not draw
     assert expected["images/source"] == expected["images/target"] == [0]
     for _ in range(2):  # the second time it is finished, and nothing is taken away
         go_on(folder, tiny_data)

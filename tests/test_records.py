@@ -86,7 +86,7 @@ def test_numbers_and_their_nouns_agree():
 
 def test_source_only_is_tested_with_the_statistics_of_either_domain(tiny_data, tmp_path, quick_run):
     """Its own statistics of the target, which need no label, and the source's alone."""
-    words = "--method source-only --batch-size 16 --epochs 2 --lr 0.02 --device cpu --no-download"
+    words = "--method source-only --batch-size 16 --epochs 25 --lr 0.02 --device cpu --no-download"
     train(*words.split(), "--data-dir", tiny_data, "--run-dir", tmp_path / "run")
     classifier = load_classifier(str(tmp_path / "run"), torch.device("cpu"))
     result, mnist = result_of(tmp_path / "run"), load_domain("mnist", "test", tiny_data)
