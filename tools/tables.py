@@ -44,7 +44,7 @@ def json_line(record: Record) -> str:
 
 
 def flags_of(command: str) -> list[str]:
-    """A command's flags, each with its values as the shell takes them: ["--epochs 20", "--separate-domains"]."""
+    """A command's flags, each with its values as the shell takes them: ["--epochs 20", "--balance-classes"]."""
     return re.findall(r"--[\w-]+(?:[ =](?!--)(?:'[^']*'|[^\s'])+)*", command)
 
 
