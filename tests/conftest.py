@@ -133,8 +133,8 @@ def large_optdigits() -> tuple[np.ndarray, np.ndarray]:
 
 def run_as_process(*words: object, **options) -> subprocess.CompletedProcess:
     """What `python` with these words does, in a process of its own."""
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 120} | options
-    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, text=True, **options)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 120, "cwd": ROOT} | options
+    return subprocess.run([sys.executable, *map(str, words)], text=True, **options)
 
 
 def train(*arguments):

@@ -24,6 +24,7 @@ ALLOWED = {  # what a room may import of ours; tools and tests may import anythi
     "data_loader": {"utils", "model"},
     **dict.fromkeys(("digits", "methods", "annotate", "watch"), PARTS),
     **dict.fromkeys(SCRIPTS, PARTS | SCRIPTS - {"main"}),
+    "hubconf": PARTS,
 }
 
 
