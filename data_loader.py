@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CLASS_NAMES = tuple("0123456789")
+
 
 @dataclass(frozen=True)
 class DigitSet:
@@ -27,7 +29,7 @@ class DigitSet:
     labels: Tensor
     mark: str  # how results name this data: "MNIST", or "SVHN subset, 23,412" when a file is not the official one
     checksums: dict[str, str]  # file (relative to the data folder) -> md5
-    classes: tuple[str, ...] = tuple("0123456789")
+    classes: tuple[str, ...] = CLASS_NAMES
 
     def __len__(self) -> int:
         return len(self.images)

@@ -183,14 +183,14 @@ def set_up(
     loader = PairedLoader(
         pair.labelled, pair.target_images, config.batch_size, config.seed, preprocess, views, device, steps, part
     )
-    training = to_dict(config) | pair.marks
+    settings = to_dict(config)
     run = Run(
         folder=folder,
         model=model,
         optimizer=make_optimizer(model, config, device),
         teacher=teacher,
-        config=to_dict(config),
-        use=usage(config, preprocess, pair.classes, training),
+        config=settings,
+        use=usage(config, preprocess, pair.classes, settings | pair.marks),
         data={"marks": pair.marks, "checksums": pair.checksums, "images": pair.counts},
         steps_per_epoch=steps,
         dry_run=dry_run,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from data_loader import DigitSet, limit
+from data_loader import CLASS_NAMES, DigitSet, limit
 from digits.contract import checked
 from digits.files import LICENCES, data_files, fetch
 from digits.readers import (
@@ -27,8 +27,6 @@ from digits.readers import (
 )
 from utils.cli import UserError, say
 from utils.files import checksum
-
-CLASS_NAMES = tuple("0123456789")
 
 
 @dataclass(frozen=True)

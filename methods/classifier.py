@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_loader import Preprocessing
+from data_loader import CLASS_NAMES, Preprocessing
 from methods.networks import NETWORKS, build_network, on_device
 from methods.recipes import Config
 from model import DANN
@@ -62,7 +62,7 @@ class Classifier:
     preprocess: Preprocessing
     device: torch.device
     precision: str
-    classes: tuple[str, ...] = tuple("0123456789")
+    classes: tuple[str, ...] = CLASS_NAMES
     source: str = ""
     target: str = ""
     training: dict[str, Any] = field(default_factory=dict)

@@ -20,8 +20,8 @@ from annotate.classify import classify, framed, is_single
 from annotate.draw import draw_digits
 from annotate.find_digits import find_digits
 from annotate.pictures import mark_in, open_picture
-from data_loader import Preprocessing
-from digits.domains import CLASS_NAMES, load_domain
+from data_loader import CLASS_NAMES, Preprocessing
+from digits.domains import load_domain
 from image_annotate import IMAGES
 from methods.classifier import load_classifier, usage
 from methods.networks import build_network

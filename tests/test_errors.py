@@ -24,7 +24,7 @@ import image_annotate
 import main
 import valid
 from annotate import pictures
-from digits.domains import CLASS_NAMES
+from data_loader import CLASS_NAMES
 from methods.classifier import usage
 from methods.modern import ModernObjective
 from methods.networks import build_network, preprocessing_for

@@ -17,8 +17,8 @@ from torch import nn
 
 import download_data
 import valid
-from data_loader import DigitSet, Preprocessing
-from digits.domains import CLASS_NAMES, load_domain
+from data_loader import CLASS_NAMES, DigitSet, Preprocessing
+from digits.domains import load_domain
 from methods.classifier import Classifier, load_classifier, usage
 from methods.networks import NETWORKS, build_network
 from methods.recipes import Config

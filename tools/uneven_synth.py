@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 import main
+from data_loader import CLASS_NAMES
 from digits.contract import checked
-from digits.domains import CLASS_NAMES, DOMAINS
+from digits.domains import DOMAINS
 from digits.readers import Reading, read_synth
 from utils.cli import run_script
 
