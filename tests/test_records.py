@@ -12,8 +12,9 @@ from digits.domains import load_domain
 from methods.classifier import load_classifier
 from methods.run import Run
 from valid import evaluate
-from watch.records import label_free_signals, seconds_to
+from watch.records import seconds_to
 from watch.screen import counted
+from watch.validators import class_ami, prediction_signals
 from watch.watcher import Watcher, has_collapsed
 
 
@@ -22,16 +23,31 @@ def entropy(shares) -> float:
 
 
 def test_signals_of_predictions_that_are_known():
-    certain = label_free_signals(torch.eye(10)[torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9])])
-    expected = {"entropy": 0, "diversity": entropy([1 / 12] * 9 + [3 / 12]), "smallest_class_share": 1 / 12}
-    assert certain == pytest.approx(expected)
-    unsure = label_free_signals(torch.full((5, 10), 0.1))
-    assert (unsure["entropy"], unsure["diversity"]) == pytest.approx((math.log(10), math.log(10)), rel=1e-5)
-    collapsed = label_free_signals(torch.eye(10)[torch.zeros(7, dtype=torch.long)])
-    assert collapsed == {"entropy": 0, "diversity": 0, "smallest_class_share": 0}
+    certain = prediction_signals(torch.eye(10)[torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9])])
+    expected = {
+        "entropy": 0,
+        "diversity": entropy([1 / 12] * 9 + [3 / 12]),
+        "smallest_class_share": 1 / 12,
+        "bnm": (9 + math.sqrt(3)) / math.sqrt(120),  # singular values: the roots of the classes' counts
+        "snd": (9 * math.log(11) + 3 * math.log(2)) / 12,  # nobody near but the three of a class
+    }
+    assert certain == pytest.approx(expected, abs=1e-4)
+    unsure = prediction_signals(torch.full((5, 10), 0.1))
+    expected = {"entropy": math.log(10), "diversity": math.log(10), "bnm": 0.1, "snd": math.log(4)}
+    assert {name: unsure[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    collapsed = prediction_signals(torch.eye(10)[torch.zeros(7, dtype=torch.long)])
+    expected = {"entropy": 0, "diversity": 0, "smallest_class_share": 0, "bnm": math.sqrt(0.1), "snd": math.log(6)}
+    assert collapsed == pytest.approx(expected, rel=1e-5)
     two = [[0.9, 0.1], [0.4, 0.6]]
     mean = (entropy(two[0]) + entropy(two[1])) / 2
-    assert label_free_signals(torch.tensor(two))["entropy"] == pytest.approx(mean, rel=1e-5)
+    assert prediction_signals(torch.tensor(two))["entropy"] == pytest.approx(mean, rel=1e-5)
+
+
+def test_clusters_agree_with_predictions_that_follow_them_and_with_no_others():
+    classes = torch.arange(200) % 4
+    features = 10 * torch.eye(4)[classes] + torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    assert class_ami(features, 3 - classes, 4) == pytest.approx(1)
+    assert class_ami(features, torch.arange(200) // 50, 4) == pytest.approx(0, abs=0.02)
 
 
 def test_seconds_are_those_of_the_first_epoch_that_was_there(tmp_path):
@@ -47,7 +63,7 @@ def test_a_lost_class_is_announced_once_the_source_is_learnt(monkeypatch, capsys
     """Not after a first epoch at chance, nor in a run without reversal; in the log and on the screen."""
     lost = torch.full((50, 10), 0.01)
     lost[torch.arange(50), torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 9, 9] * 5)] = 0.91  # never 7
-    monkeypatch.setattr(Watcher, "target_signals", lambda watcher: label_free_signals(lost))
+    monkeypatch.setattr(Watcher, "target_signals", lambda watcher: prediction_signals(lost))
     end_epoch = Run.end_epoch
     monkeypatch.setattr(Run, "end_epoch", lambda run: end_epoch(run) | ({"loss_label": 1.1} if run.epoch > 1 else {}))
     train(*settings(tiny_data), "--method", method, "--run-dir", tmp_path)
@@ -64,8 +80,8 @@ def test_what_a_collapse_is():
     """Half of ln 10 = 2.303 is 1.151."""
     for loss, share, collapsed in ((1.2, 0.0, False), (1.1, 0.0, True), (1.1, 0.0099, True), (1.1, 0.011, False)):
         record = {"loss_label": loss, "smallest_class_share": share}
-        assert has_collapsed(record | {"loss_domain": 1.4}) is collapsed
-        assert has_collapsed(record) is False
+        assert has_collapsed(record | {"loss_domain": 1.4}, 10) is collapsed
+        assert has_collapsed(record, 10) is False
 
 
 def test_seconds_are_taken_when_the_device_is_done(monkeypatch):

@@ -27,6 +27,7 @@ SCRIPTS = ["main.py", "valid.py", "download_data.py", "image_annotate.py"]
 SCRIPTS += ["tools.report", "tools.benchmark", "tools.figures", "tools.ablation"]
 SMALL = "--network small --augmentation affine --batch-size 16 --epochs 1 --device cpu --precision fp32 --no-download"
 SMALL = SMALL.split()
+SIGNALS = ("entropy", "diversity", "smallest_class_share", "bnm", "snd", "class_ami")
 SIDES = ("source", "target")
 
 
@@ -136,7 +137,7 @@ def test_curves_in_tensorboard(events, dry_run):
     expected |= {"train/loss_label", "train/loss_domain", "train/domain_accuracy", "train/images_per_second"}
     expected |= {"test/source_accuracy", "test/target_accuracy", "features/proxy_a_distance"}
     expected |= {f"gradient_norm/{part}" for part in ("extractor", "classifier", "discriminator")}
-    expected |= {f"target/{signal}" for signal in ("entropy", "diversity", "smallest_class_share")}
+    expected |= {f"target/{signal}" for signal in SIGNALS}
     curves = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert curves.keys() == expected
     assert all(map(math.isfinite, itertools.chain(*curves.values())))

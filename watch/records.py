@@ -4,9 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from digits.domains import Pair
 from methods.classifier import Evaluation
 from methods.recipes import Config
@@ -45,22 +42,6 @@ def seconds_to(metrics: Path) -> dict[str, float | None]:
         times = (record["seconds"] for record in records if 100 * record["target_accuracy"] >= percent)
         reached[str(percent)] = next(times, None)
     return reached
-
-
-def label_free_signals(probabilities: Tensor) -> dict[str, float]:
-    """What predictions tell without labels: how sure they are, and whether they use all classes. (N, 10) -> values.
-
-    `entropy`: mean entropy of a prediction, nats, 0 to ln 10; low when the network is sure, rightly or not.
-    `diversity`: entropy of the mean prediction, nats; ln 10 = 2.303 when all classes are predicted alike often.
-    `smallest_class_share`: share of images predicted as the class that is predicted least, in [0, 0.1].
-    """
-    mean = probabilities.mean(0)
-    share = torch.bincount(probabilities.argmax(1), minlength=probabilities.shape[1]) / len(probabilities)
-    return {
-        "entropy": torch.special.entr(probabilities).sum(1).mean().item(),
-        "diversity": torch.special.entr(mean).sum().item(),
-        "smallest_class_share": share.min().item(),
-    }
 
 
 def images_per_step(config: Config, adapts: bool) -> int:

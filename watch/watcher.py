@@ -18,13 +18,14 @@ from utils.cli import say
 from utils.distributed import Processes
 from watch.board import Board
 from watch.log import RunLog, SilentLog
-from watch.records import epoch_record, images_per_step, label_free_signals
+from watch.records import epoch_record, images_per_step
 from watch.screen import counted, duration, epoch_line
+from watch.validators import class_ami, prediction_signals
 
 LOG_EVERY_STEPS = 50
 TIMED_STEPS = 20  # from which the time of the whole run is estimated
 SIGNAL_IMAGES = 2000
-COLLAPSED_SHARE = 0.01  # a class that fewer target images are predicted as has been lost
+COLLAPSED = 0.1  # of its equal share: a class that fewer target images are predicted as has been lost
 
 
 class Watcher:
@@ -136,7 +137,7 @@ class Watcher:
         assert self.board is not None
         self.board.epoch(record, signals, target)
         say(epoch_line(record, self.epochs, time.perf_counter() - self.epoch_started))
-        if has_collapsed(record):
+        if has_collapsed(record, len(self.pair.classes)):
             share = f"{signals['smallest_class_share']:.1%}"
             warning = (
                 f"collapse at epoch {run.epoch}: one class is predicted of {share} of the target's training images"
@@ -147,13 +148,16 @@ class Watcher:
     def target_signals(self) -> dict[str, float]:
         """How adaptation fares, by unlabelled target training images, SIGNAL_IMAGES spread over the set."""
         images = self.loader.images_t  # resized already
-        return label_free_signals(self.classifier.probabilities(images[:: max(1, len(images) // SIGNAL_IMAGES)]))
+        images = images[:: max(1, len(images) // SIGNAL_IMAGES)]
+        probabilities, features = self.classifier.probabilities(images), self.classifier.features(images).cpu()
+        agreement = class_ami(features, probabilities.argmax(1), probabilities.shape[1])
+        return prediction_signals(probabilities) | {"class_ami": agreement}
 
 
-def has_collapsed(record: dict) -> bool:
+def has_collapsed(record: dict, classes: int) -> bool:
     """Whether a network that has learnt the source, and adapts, predicts a class of hardly any target image.
 
     Before it has learnt the source it predicts one class of all, which is no collapse.
     """
-    learnt = record["loss_label"] < math.log(10) / 2  # half of what chance has
-    return learnt and "loss_domain" in record and record["smallest_class_share"] < COLLAPSED_SHARE
+    learnt = record["loss_label"] < math.log(classes) / 2  # half of what chance has
+    return learnt and "loss_domain" in record and record["smallest_class_share"] < COLLAPSED / classes
