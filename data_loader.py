@@ -13,14 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.cli import UserError, listed
+
 CLASS_NAMES = tuple("0123456789")
+UNLABELLED = -1  # in place of a label
+LARGEST_ON_DEVICE = 2**30  # bytes; larger sets stay where they are, and batches of them are moved
 
 
 @dataclass(frozen=True)
 class DigitSet:
     """Images of one split of a domain, on one device.
 
-    Shape: images (N, C, H, W) uint8, C = 1 or 3; labels (N,) int64, indices of the K names in `classes`
+    Shape: images (N, C, H, W) uint8, C = 1 or 3; labels (N,) int64, indices of the K names in `classes`, or UNLABELLED
     """
 
     domain: str
@@ -160,7 +164,7 @@ class PairedLoader:
         batch_size: images of each domain in a batch.
         preprocess: the same for both domains.
         views: how the images are augmented.
-        device: where the sets are kept and batches are made.
+        device: where batches are made, and sets of at most LARGEST_ON_DEVICE kept.
         steps: batches an epoch, when it shall not follow from the sizes of the sets.
         part: of each batch to give out, for one of several processes; together they give out the same images, changed
             in the same way, as one would.
@@ -180,15 +184,17 @@ class PairedLoader:
         steps: int | None = None,
         part: slice = slice(None),
     ):
-        self.images_s = preprocess.resize(source.images).to(device)
+        self.images_s, self.images_t = (
+            images if images.nbytes > LARGEST_ON_DEVICE else images.to(device)
+            for images in map(preprocess.resize, (source.images, target_images))
+        )
         self.labels_s = source.labels.to(device)
-        self.images_t = preprocess.resize(target_images).to(device)
         self.batch_size, self.seed, self.preprocess, self.views, self.part = batch_size, seed, preprocess, views, part
         self.steps = steps or -(-max(len(self.images_s), len(self.images_t)) // batch_size)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The batches of epoch `epoch` (from 0), from step `first_step` on."""
-        length, device = self.steps * self.batch_size, self.images_s.device
+        length, device = self.steps * self.batch_size, self.labels_s.device
         order_s = shuffled_passes(len(self.images_s), length, seed_of(self.seed, epoch, 0)).to(device)
         order_t = shuffled_passes(len(self.images_t), length, seed_of(self.seed, epoch, 1)).to(device)
         generator = torch.Generator(device).manual_seed(seed_of(self.seed, epoch, 2))
@@ -212,6 +218,32 @@ class PairedLoader:
         return self.preprocess.normalise(view.apply(images, index, {k: v[self.part] for k, v in draws.items()}))
 
 
+def pick(images: Tensor, index: Tensor) -> Tensor:
+    """Images of a set on the device of the index, wherever the set is. Shape: (M, ...), (*) -> (*, ...)"""
+    return images[index.to(images.device)].to(index.device)
+
+
 def limit(digits: DigitSet, count: int) -> DigitSet:
     """The first `count` images, for dry runs."""
     return replace(digits, images=digits.images[:count], labels=digits.labels[:count])
+
+
+def relabelled(digits: DigitSet, classes: tuple[str, ...], drop: bool = False) -> DigitSet:
+    """A set whose labels are indices of these classes.
+
+    Args:
+        drop: leave out images of other classes.
+
+    Raises: UserError for images of other classes, where these are not left out.
+    """
+    others = [name for name in digits.classes if name not in classes]
+    if others and not drop:
+        raise UserError(f"{digits.domain} has classes ({listed(others)}) that are none of the known: {listed(classes)}")
+    if digits.classes == classes or not digits.classes:
+        return replace(digits, classes=classes)
+    numbers = torch.tensor([classes.index(name) if name in classes else UNLABELLED for name in digits.classes])
+    labels = numbers[digits.labels]
+    if others:
+        kept = labels != UNLABELLED
+        return replace(digits, images=digits.images[kept], labels=labels[kept], classes=classes)
+    return replace(digits, labels=labels, classes=classes)

@@ -16,18 +16,25 @@ from PIL import Image, ImageShow
 from annotate.classify import MIN_CONFIDENCE, SINGLE_SIDE, Digit, classify, is_single
 from annotate.draw import COLOURS, draw_digits, lay_out, side_by_side
 from annotate.find_digits import find_digits
-from annotate.pictures import open_picture, output_for, pictures_named, save_picture
+from annotate.pictures import output_for, pictures_named, save_picture
+from data_loader import CLASS_NAMES
 from methods.classifier import load_classifier
 from utils import machine
 from utils.cli import run_script, say, script_parser
 from utils.files import make_folder
+from utils.pictures import open_picture
 
 IMAGES = Path(__file__).resolve().parent / "images"
 
 
 def as_numbers(lines: list[list[Digit]]) -> list[str]:
     """What stands in each line."""
-    return ["".join(str(digit.digit) for digit in line) for line in lines]
+    return ["".join(digit.name for digit in line) for line in lines]
+
+
+def as_class(name: str) -> dict:
+    """A digit as a number, another class by its name."""
+    return {"digit": int(name)} if name in CLASS_NAMES else {"class": name}
 
 
 def as_document(lines: list[list[Digit]]) -> dict:
@@ -35,7 +42,9 @@ def as_document(lines: list[list[Digit]]) -> dict:
     return {
         "lines": as_numbers(lines),
         "digits": [
-            {"digit": d.digit, "confidence": round(d.confidence, 4), "box": list(d.box)} for line in lines for d in line
+            {**as_class(d.name), "confidence": round(d.confidence, 4), "box": list(d.box)}
+            for line in lines
+            for d in line
         ],
     }
 
@@ -46,15 +55,15 @@ def print_digits(lines: list[list[Digit]]) -> None:
         print("  no digit found")
     for digit in itertools.chain(*lines):
         x0, y0, x1, y1 = digit.box
-        print(f"  {digit.digit}  {digit.confidence:6.1%}  at {x0},{y0} – {x1},{y1}")
-    for number in as_numbers(lines):
+        print(f"  {digit.name}  {digit.confidence:6.1%}  at {x0},{y0} – {x1},{y1}")
+    for number in as_numbers([[digit for digit in line if digit.name in CLASS_NAMES] for line in lines]):
         print(f"  number {number}")
 
 
 def annotated(picture: Image.Image, classified: list[list[list[Digit]]]) -> list[Image.Image]:
     """For each network the picture, equally large, with a box, the digit and its confidence at each place."""
     found = [list(itertools.chain(*lines)) for lines in classified]
-    marks = [([d.box for d in digits], [f"{d.digit} {d.confidence:.0%}" for d in digits]) for digits in found]
+    marks = [([d.box for d in digits], [f"{d.name} {d.confidence:.0%}" for d in digits]) for digits in found]
     scale = max(lay_out(picture.size, boxes, texts).scale for boxes, texts in marks)
     return [draw_digits(picture, *mark, colour, scale) for mark, colour in zip(marks, COLOURS, strict=False)]
 
@@ -115,7 +124,8 @@ def main() -> None:
     documents = []
     for path in paths:
         picture = open_picture(path)
-        candidates = [] if is_single(picture) else find_digits(picture)
+        single = all(is_single(picture, classifier) for classifier in classifiers)
+        candidates = [] if single else find_digits(picture)
         classified = [classify(picture, candidates, classifier, args.min_confidence) for classifier in classifiers]
         pages = annotated(picture, classified)
         page = pages[0]

@@ -165,11 +165,13 @@ def test(classifier: Classifier, pair: Pair) -> tuple[Evaluation, Evaluation]:
 
 
 def set_up(
-    config: Config, pair: Pair, folder: Path, dry_run: bool, compiled: bool, device: torch.device, processes: Processes
-) -> tuple[Run, PairedLoader, Classifier]:
+    config: Config, pair: Pair, folder: Path, dry_run: bool, compiled: bool, device: torch.device, processes: Processes,
+    pretrained: bool = False, download: bool = True,
+) -> tuple[Run, PairedLoader, Classifier]:  # fmt: skip
     """A run at its start, the loader that feeds it, and the classifier that is tested and kept."""
     torch.manual_seed(seed_of(config.seed))
-    model = on_device(build_network(config.network, config.dropout, len(pair.classes)), device)
+    model = build_network(config.network, config.dropout, len(pair.classes), pretrained, download)
+    model = on_device(model, device)
     if processes.count > 1:
         distributed.join_batch_norms(model, device)
     teacher = None
@@ -213,12 +215,12 @@ def main() -> None:
         folder = processes.from_first(run_folder(args, config))
         dry_run = state["dry_run"] if state else args.dry_run
         most = DRY_RUN_IMAGES if dry_run else None
-        target_only = config.method == "target-only"
-        pair = processes.first_alone(
-            lambda: load_pair(config.source, config.target, target_only, args.data_dir, args.download, most)
-        )
+        names = (config.source, config.target, config.method == "target-only")
+        form, common, download = preprocessing_for(config), args.common_classes, args.download
+        pair = processes.first_alone(lambda: load_pair(*names, args.data_dir, download, most, form, common))
         make_folder(folder)
-        run, loader, classifier = set_up(config, pair, folder, dry_run, args.compile, device, processes)
+        more = (args.compile, device, processes, args.pretrained, download)
+        run, loader, classifier = set_up(config, pair, folder, dry_run, *more)
         if state:
             run.load(state, device, processes)
         elif processes.writes:

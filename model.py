@@ -52,7 +52,7 @@ class DomainBatchNorm(nn.Module):
     Source: Li et al., arXiv 1603.04779; Chang et al., CVPR 2019 (who learn a scale and a shift of each domain, too).
 
     Args:
-        norm: a batch norm; its running statistics become the target's.
+        norm: a batch norm, whose running statistics both domains start from.
 
     Shape: that of `norm`
     """
@@ -65,8 +65,8 @@ class DomainBatchNorm(nn.Module):
         super().__init__()
         self.norm, self.domain = norm, "target"
         norm.momentum = self.SHARE
-        self.register_buffer("source_mean", torch.zeros(norm.num_features))
-        self.register_buffer("source_var", torch.ones(norm.num_features))
+        for name in ("mean", "var"):
+            self.register_buffer(f"source_{name}", getattr(norm, f"running_{name}").clone())
 
     def forward(self, x: Tensor) -> Tensor:
         if self.domain == "target":
@@ -76,7 +76,7 @@ class DomainBatchNorm(nn.Module):
 
 
 class FeatureExtractor(nn.Module):
-    """G_f: images to features, which are ≥ 0.
+    """G_f: images to features.
 
     Called with the images' domain, "source" or "target", whose statistics each `DomainBatchNorm` takes.
 
@@ -95,7 +95,7 @@ class FeatureExtractor(nn.Module):
 
     def convolutions(self) -> list[nn.Conv2d]:
         """The convolutions in the order of the forward pass."""
-        return [module for module in self.layers if isinstance(module, nn.Conv2d)]
+        return [module for module in self.layers.modules() if isinstance(module, nn.Conv2d)]
 
 
 class LabelClassifier(nn.Module):

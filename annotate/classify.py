@@ -9,6 +9,7 @@ from torch import Tensor
 
 from annotate.boxes import Box, reading_order
 from annotate.find_digits import Candidate, frame
+from digits.domains import DOMAINS
 from methods.classifier import Classifier
 
 SINGLE_SIDE = 32  # pixels: no larger picture of the domains exists, and in a smaller one there is nothing to search
@@ -22,24 +23,27 @@ ANY_FRAME = (0.75, None)  # of the domains of photographs, in any colours
 
 @dataclass(frozen=True)
 class Digit:
-    """One digit as a network classifies it; the box in pixels of the upright picture."""
+    """One digit as a network classifies it, or what else it knows; the box in pixels of the upright picture."""
 
-    digit: int
+    name: str  # of its class
     confidence: float
     box: Box
 
 
-def is_single(picture: Image.Image) -> bool:
-    """Whether a picture is one digit: as small as the images of the domains."""
-    return max(picture.size) <= SINGLE_SIDE
+def is_single(picture: Image.Image, classifier: Classifier) -> bool:
+    """Whether a picture is one image of the network's domains: a small one, or any for a network trained on folders."""
+    return max(picture.size) <= SINGLE_SIDE or classifier.target not in DOMAINS
 
 
 def whole(picture: Image.Image, classifier: Classifier) -> Tensor:
-    """The picture as one digit, padded to a square. Shape: -> (1, 3, S, S) uint8.
+    """The picture as one image of the target. Shape: -> (1, 3, H, W) uint8.
 
-    Dark on light becomes light on dark for a network whose target has nothing else.
+    As a digit it is padded to a square, and dark on light becomes light on dark for a network whose target has nothing
+    else. For a network trained on folders it stays as it is.
     """
-    pixels = np.asarray(picture)
+    pixels = np.array(picture)
+    if classifier.target not in DOMAINS:
+        return torch.from_numpy(pixels).permute(2, 0, 1)[None]
     border = np.concatenate((pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
     ground = np.median(border, axis=0)
     if classifier.target in FRAMES and ground.mean() > (int(pixels.min()) + int(pixels.max())) / 2:
@@ -68,8 +72,9 @@ def classify(
         least: confidence below which a candidate is no digit. None is the default: a picture that is one digit is
             classified in any case.
     """
-    if is_single(picture):
-        blank = np.ptp(np.asarray(picture.convert("L"))) < FAINTEST
+    single = is_single(picture, classifier)
+    if single:
+        blank = np.ptp(np.asarray(picture.convert("L"))) < FAINTEST and classifier.target in DOMAINS
         boxes: list[Box] = [] if blank else [(0, 0, *picture.size)]
         images = [whole(picture, classifier) for _ in boxes]
     else:
@@ -80,9 +85,9 @@ def classify(
     resized = torch.cat([classifier.preprocess.resize(image) for image in images])
     confidences, digits = classifier.probabilities(resized).max(1)
     if least is None:
-        least = 0.0 if is_single(picture) else MIN_CONFIDENCE
+        least = 0.0 if single else MIN_CONFIDENCE
     found = [
-        Digit(digit, confidence, box)
+        Digit(classifier.classes[digit], confidence, box)
         for digit, confidence, box in zip(digits.tolist(), confidences.tolist(), boxes, strict=True)
         if confidence >= least
     ]

@@ -1,58 +1,18 @@
-"""Picture files: opened upright whatever their format, found in folders, written where they cover no other file."""
+"""Picture files: found in folders, and written where they cover no other file."""
 
-import contextlib
 import hashlib
 import itertools
 import os
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from utils.cli import UserError
 from utils.files import write_atomically
+from utils.pictures import without_warnings
 
-LARGEST_PIXELS, LARGEST_SIDE = 80_000_000, 30_000
 MADE_OF = "made of"  # the text in our PNG files that names, hashed, what was annotated
-
-
-@contextlib.contextmanager
-def without_warnings() -> Iterator[None]:
-    """Silence about damaged EXIF data and the like, and about many pixels, which `open_picture` refuses itself."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def open_picture(path: Path) -> Image.Image:
-    """Open a picture upright, in RGB, transparency on white; raises UserError for what is none or is absurdly large."""
-    try:
-        with without_warnings(), Image.open(path) as file:
-            width, height = file.size
-            if width * height > LARGEST_PIXELS or max(width, height) > LARGEST_SIDE:
-                most = f"{LARGEST_PIXELS:,} pixels and {LARGEST_SIDE:,} a side are the most"
-                raise UserError(f"{path} has {width}×{height} pixels, {most}: make it smaller")
-            if not width * height:
-                raise UserError(f"{path} is empty ({width}×{height} pixels): save it again")
-            picture: Image.Image = ImageOps.exif_transpose(file)
-            if picture.mode[0] in "IF":  # deep grey: Pillow would clip it at 255
-                values = np.nan_to_num(np.asarray(picture, dtype=np.float32)).clip(0)
-                picture = Image.fromarray((values / max(1e-9, values.max()) * 255).astype(np.uint8))
-            if not picture.has_transparency_data:
-                return picture.convert("RGB")
-            white = Image.new("RGBA", picture.size, "white")
-            return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"there is no picture {path}: name a file, a folder, or a picture in images/") from None
-    except Image.DecompressionBombError:
-        raise UserError(f"{path} has more than {LARGEST_PIXELS:,} pixels: make it smaller") from None
-    # Image.open and the decoders raise many kinds for damaged bytes: SyntaxError, struct.error, ValueError, ….
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise UserError(f"{path} can't be read as a picture ({reason}): save it as PNG or JPEG") from None
 
 
 def mark_of(path: Path) -> str:

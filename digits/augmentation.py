@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_loader import Draws, Views, standardise
+from data_loader import Draws, Views, pick, standardise
 
 # Bounds of angle (radians), shear, the two scales and the two shifts (of half the image's size).
 AFFINE = (15 * torch.pi / 180, 0.15, 0.15, 0.15, 0.125, 0.125)
@@ -44,7 +44,7 @@ class View:
         """Images of a set, changed as drawn. Shape: (N, C, S, S) uint8, (B,) -> (B, C, S, S)"""
         others = neighbours(images, draws)
         others = None if others is None else others.float().div_(255)
-        return augment(images[index].float().div_(255), draws, others)
+        return augment(pick(images, index).float().div_(255), draws, others)
 
 
 def same_views(augmentation: str) -> Views:
@@ -111,7 +111,7 @@ def neighbour_draws(count: int, generator: torch.Generator) -> Draws:
 
 def neighbours(images: Tensor, draws: Draws) -> Tensor | None:
     """Two other images of a set for each that is changed, if any were drawn. Shape: (M, ...) -> (N, 2, ...)"""
-    return images[(draws["others"] * len(images)).long()] if "others" in draws else None
+    return pick(images, (draws["others"] * len(images)).long()) if "others" in draws else None
 
 
 def add_neighbours(x: Tensor, others: list[Tensor], numbers: Tensor) -> Tensor:

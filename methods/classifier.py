@@ -1,5 +1,6 @@
 """A network ready for use: its weights, and what has to be done to images before it sees them."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from data_loader import CLASS_NAMES, Preprocessing
-from methods.networks import NETWORKS, build_network, on_device
+from methods.networks import build_network, on_device
 from methods.recipes import Config
 from model import DANN
 from utils import machine
@@ -41,8 +42,8 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """correct / total, in [0, 1]."""
-        return self.correct / self.total
+        """correct / total, in [0, 1]; nan where no image was tested."""
+        return self.correct / self.total if self.total else math.nan
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,10 @@ def load_classifier(
         raise UserError(
             f"{path} does not say what its weights are of: use a file that this version's main.py wrote"
         ) from None
-    if network not in NETWORKS:
-        known = ", ".join(NETWORKS)
-        raise UserError(f"{path} holds weights of {network!r}, no network of this version: use weights of {known}")
-    model = build_network(network, classes=len(classes))
+    try:
+        model = build_network(network, classes=len(classes))
+    except UserError as error:
+        raise UserError(f"{path} holds weights of {network!r}, no network of this version: {error}") from None
     load_into(model, weights, path, network)
     model = on_device(model, device).eval()
     precision = trained if precision == "as-trained" else precision

@@ -1,16 +1,19 @@
-"""The architectures, as a table: the published networks and our own two."""
+"""The architectures, as a table: the published networks and our own two; beside them those of torchvision."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from data_loader import Preprocessing, mean_pixel
+from methods.backbones import PREFIX, backbone, parse_name, with_domain_norms
 from methods.modern import ClassWiseDiscriminator
 from methods.recipes import Config
-from model import DANN, DomainBatchNorm, DomainDiscriminator, FeatureExtractor, LabelClassifier
+from model import DANN, DomainDiscriminator, FeatureExtractor, LabelClassifier
+from utils.cli import UserError
 
 
 class Dropout(nn.Dropout):
@@ -113,8 +116,8 @@ def _paper_mnist(part: str, dropout: float, classes: int) -> list[nn.Module]:
     return [*_conv_pool(3, 32, 5, pool), *_conv_pool(32, 48, 5, pool), nn.Flatten()]
 
 
-def _small(part: str, dropout: float, classes: int) -> list[nn.Module]:
-    """32×32. Our own small network: three 3×3 convolutions, 32 → 16 → 8 → 4, and 128 features.
+def _small(part: str, dropout: float, classes: int, size: int = 32) -> list[nn.Module]:
+    """Our own small network: three 3×3 convolutions, 32 → 16 → 8 → 4 or 64 → 32 → 16 → 8, and 128 features.
 
     Its batch norm keeps each domain's own statistics.
     """
@@ -123,13 +126,13 @@ def _small(part: str, dropout: float, classes: int) -> list[nn.Module]:
     if part == "discriminator":
         return [*_mlp(128, 128, 1), nn.Flatten(0)]
     blocks = [*_conv_pool_norm(3, 32), *_conv_pool_norm(32, 48), *_conv_pool_norm(48, 64), nn.Flatten()]
-    features = [nn.Linear(64 * 4 * 4, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU(inplace=True)]
+    features = [nn.Linear(64 * (size // 8) ** 2, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU(inplace=True)]
     layers = [*blocks, Dropout(dropout), *features]
-    return [DomainBatchNorm(layer) if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) else layer for layer in layers]
+    return [*with_domain_norms(nn.Sequential(*layers)).children()]
 
 
 def _modern(part: str, dropout: float, classes: int) -> list[nn.Module]:
-    """Grey 32×32. Our own: six batch-normed 3×3 convolutions, 32 → 16 → 8 → 4 → 2, averaged over places; 128 features.
+    """Grey 32×32 or 64×64. Our own: six batch-normed 3×3 convolutions, averaged over places; 128 features.
 
     The average binds the features to no place. The discriminator judges each class by itself.
     """
@@ -154,7 +157,6 @@ class Network:
     layers: Callable[[str, float, int], list[nn.Module]]
     image_size: int  # height and width of its input, pixels
     channels: int = 3  # 3: colour; 1: grey, which colour images are turned into
-    batch_normed: bool = False
     discriminator: type[DomainDiscriminator] = DomainDiscriminator
 
 
@@ -163,19 +165,47 @@ NETWORKS: dict[str, Network] = {
     "system-b": Network(_system_b, 32),
     "paper-svhn": Network(_paper_svhn, 32),
     "paper-mnist": Network(_paper_mnist, 32),
-    "small": Network(_small, 32, batch_normed=True),
-    "modern": Network(_modern, 32, channels=1, batch_normed=True, discriminator=ClassWiseDiscriminator),
+    "small": Network(_small, 32),
+    "small-64": Network(partial(_small, size=64), 64),
+    "modern": Network(_modern, 32, channels=1, discriminator=ClassWiseDiscriminator),
+    "modern-64": Network(_modern, 64, channels=1, discriminator=ClassWiseDiscriminator),
 }
 
 
-def build_network(name: str, dropout: float = 0.0, classes: int = 10) -> DANN:
+def input_shape(name: str) -> tuple[int, int, int]:
+    """Channels, 1 or 3, height and width of what a network takes; raises UserError where there is no such network."""
+    if name.startswith(PREFIX):
+        _, size = parse_name(name)
+        return 3, size, size
+    if name not in NETWORKS:
+        raise UserError(f"there is no network {name}: choose one of {', '.join(NETWORKS)}, or {PREFIX}resnet18")
+    network = NETWORKS[name]
+    return network.channels, network.image_size, network.image_size
+
+
+def build_network(
+    name: str, dropout: float = 0.0, classes: int = 10, pretrained: bool = False, download: bool = True
+) -> DANN:
     """A network with new weights.
 
     Args:
-        name: a key of NETWORKS.
+        name: a key of NETWORKS, or `torchvision:NAME` or `torchvision:NAME@SIZE`.
         dropout: probability in [0, 1).
         classes: how many there are.
+        pretrained, download: as of `methods.backbones.backbone`.
+
+    Raises: UserError for a name that is none, and for weights that can't be had.
     """
+    if name.startswith(PREFIX):
+        layers, features = backbone(parse_name(name)[0], pretrained, download)
+        return DANN(
+            FeatureExtractor(layers.append(Dropout(dropout))),
+            LabelClassifier(nn.Sequential(*_mlp(features, classes))),
+            ClassWiseDiscriminator(nn.Sequential(*_mlp(features, 1024, classes))),
+        )
+    if pretrained:
+        raise UserError(f"--pretrained: there are ImageNet weights of networks {PREFIX}NAME alone, not of {name}")
+    input_shape(name)  # raises for a name that is none
     network = NETWORKS[name]
     model = DANN(
         FeatureExtractor(nn.Sequential(*network.layers("extractor", dropout, classes))),
@@ -195,8 +225,8 @@ def on_device(model: DANN, device: torch.device) -> DANN:
 def preprocessing_for(config: Config, images: Sequence[Tensor] = ()) -> Preprocessing:
     """What the configuration does to images; `images` are both training sets, whose mean pixel it may need."""
     mean = mean_pixel(images) if config.normalisation == "mean" and images else (0.0, 0.0, 0.0)
-    network = NETWORKS[config.network]
-    return Preprocessing(network.image_size, config.normalisation, mean, network.channels == 1)
+    channels, size, _ = input_shape(config.network)
+    return Preprocessing(size, config.normalisation, mean, channels == 1)
 
 
 def _initialise_system_a(module: nn.Module) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from digits.domains import DOMAINS
-from methods.networks import NETWORKS, build_network
+from digits.domains import DOMAINS, check_name, same_domain
+from methods.modern import ClassWiseDiscriminator
+from methods.networks import NETWORKS, build_network, input_shape
 from methods.recipes import RECIPES, Config, ModernConfig, all_settings, from_dict, recipe_config
 from methods.run import read_state
 from utils import machine
@@ -19,7 +21,12 @@ from utils.cli import UserError, script_parser
 from utils.distributed import Processes
 
 DRY_RUN_IMAGES = 256
-CHOICES = {"recipe": tuple(RECIPES), "source": tuple(DOMAINS), "target": tuple(DOMAINS), "network": tuple(NETWORKS)}
+CHOICES = {"recipe": tuple(RECIPES)}
+NAMES = {  # what the help says of settings that are no choice among few
+    "source": f": {', '.join(DOMAINS)}, or a folder of pictures",
+    "target": "; likewise",
+    "network": f": {', '.join(NETWORKS)}, or torchvision:NAME",
+}
 POSITIVE = ("epochs", "batch_size", "lr")
 NOT_NEGATIVE = (
     *("warm_start_epochs", "weight_decay", "max_norm", "clip_norm", "lr_decay", "lambda_max", "seed", "epoch_steps"),
@@ -60,12 +67,16 @@ def parse_arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
     group.add_argument(
         "--download", action=argparse.BooleanOptionalAction, default=True, help="fetch missing data (default: yes)"
     )
+    group.add_argument("--common-classes", action="store_true", help="leave out classes that only one domain has")
+    group.add_argument("--pretrained", action="store_true", help="start from ImageNet weights, for torchvision:NAME")
     group.add_argument("--dry-run", action="store_true", help=f"two epochs on {DRY_RUN_IMAGES} images: does it run?")
     args = parser.parse_args()
     names = {item.name for kind in (Config, ModernConfig) for item in dataclasses.fields(kind)}
     settings = {key: vars(args).pop(key) for key in list(vars(args)) if key in names}
     if args.threads is not None and args.threads < 1:
         raise UserError(f"--threads must be above 0, not {args.threads}")
+    if args.resume and args.pretrained:
+        parser.error("--resume goes on with the weights of its folder: leave --pretrained out")
     if args.resume and args.run_dir:
         parser.error("--resume goes on in its own folder: leave --run-dir out")
     return args, settings
@@ -85,7 +96,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, defaults: Config) -> N
             shown = " ".join(map(str, default)) or "none" if isinstance(default, tuple) else default
             options: dict[str, Any] = {
                 "default": argparse.SUPPRESS,
-                "help": f"{about['help']} (default: {shown})".replace("%", "%%"),
+                "help": f"{about['help']}{NAMES.get(item.name, '')} (default: {shown})".replace("%", "%%"),
             }
             if isinstance(default, bool):
                 options |= {"action": argparse.BooleanOptionalAction}
@@ -105,6 +116,7 @@ def _flag(name: str) -> str:
 def with_settings(config: Config, settings: dict[str, Any]) -> Config:
     """A configuration with the settings that were given put in; raises UserError on a value out of range."""
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    settings |= {name: settings[name].rstrip("/") for name in ("source", "target") if name in settings}
     of_modern = {item.name for item in dataclasses.fields(ModernConfig)} & settings.keys()
     if of_modern:
         if config.modern is None:
@@ -130,17 +142,27 @@ def check(config: Config) -> None:
             raise UserError(f"{_flag(name)} must be between 0 and 1, not {value}")
         if name in BELOW_ONE and not 0 <= value < 1:
             raise UserError(f"{_flag(name)} must be at least 0 and below 1, not {value}")
-    if config.source == config.target:
+    for name in (config.source, config.target):
+        check_name(name)
+    if same_domain(config.source, config.target):
         raise UserError(
             f"source and target are both {config.source}: name two domains, e.g. --source svhn --target mnist"
         )
     with torch.device("meta"):  # shapes alone, no weights
-        layers = len(build_network(config.network).extractor.convolutions())
+        model = build_network(config.network)
+        try:
+            model(torch.zeros(2, *input_shape(config.network)))
+        except Exception as error:  # of torchvision's networks, which say in their own ways that pictures don't fit
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(f"--network {config.network} can't take pictures of that size ({reason})") from None
+    layers = len(model.extractor.convolutions())
     if any(not 1 <= number <= layers for number in config.frozen_convolutions):
         raise UserError(f"--frozen-convolutions counts from 1, and the network {config.network} has {layers}")
-    if NETWORKS[config.network].batch_normed and config.batch_size < 2:
+    batch_normed = any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in model.modules())
+    if batch_normed and config.batch_size < 2:
         raise UserError(f"--batch-size must be at least 2 for the batch statistics of the network {config.network}")
-    if config.modern and config.network != "modern" and config.modern.adversary == "class-wise":
+    class_wise = isinstance(model.discriminator, ClassWiseDiscriminator)
+    if config.modern and config.modern.adversary == "class-wise" and not class_wise:
         raise UserError(
             "--adversary class-wise needs a discriminator with a logit for each class: "
             "give --network modern, or --adversary marginal"
@@ -185,7 +207,8 @@ def run_folder(args: argparse.Namespace, config: Config) -> Path:
     if args.resume:
         return args.resume
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = f"{config.source}-{config.target}-{config.recipe}-{config.method}-seed{config.seed}-{stamp}"
+    source, target = (Path(name).resolve().name for name in (config.source, config.target))
+    name = f"{source}-{target}-{config.recipe}-{config.method}-seed{config.seed}-{stamp}"
     folder = args.run_dir or Path("runs") / name
     if (folder / "last.pt").exists() or (folder / "result.json").exists():
         raise UserError(f"{folder} holds a run already: go on with `--resume {folder}`, or choose another --run-dir")
@@ -201,5 +224,6 @@ def resume_command(args: argparse.Namespace, folder: Path, processes: Processes)
         words += ["--device", args.device]
     if args.threads:
         words += ["--threads", str(args.threads)]
-    words += ["--compile"] * args.compile + ["--no-download"] * (not args.download)
+    flags = {"--common-classes": args.common_classes, "--compile": args.compile, "--no-download": not args.download}
+    words += [flag for flag, given in flags.items() if given]
     return shlex.join(words)

@@ -123,7 +123,8 @@ class Run:
                 f"resume it with `{launcher} {' '.join(machine.script())} --resume …`"
             )
         if state["steps_per_epoch"] != self.steps_per_epoch or state["data"] != self.data:
-            raise UserError(f"{self.folder} was trained on other data: resume with the same --data-dir")
+            same = "resume with the same --data-dir, and the same pictures and --common-classes"
+            raise UserError(f"{self.folder} was trained on other data: {same}")
         self.model.load_state_dict(state["model"])
         if self.teacher:
             self.teacher.load_state_dict(state["teacher"])

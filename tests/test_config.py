@@ -131,11 +131,30 @@ def test_precision_is_resolved_before_it_is_saved(hardware, monkeypatch):
 
 def test_usage_errors(monkeypatch, capsys):
     for words in (
-        *("--epochs 3.5", "--lr fast", "--network resnet", "--lr-schedule linear", "--domain-loss product"),
-        *("--frozen-convolutions all", "--separate-domains False", "--recipe unheard", "--source cifar"),
+        *("--epochs 3.5", "--lr fast", "--lr-schedule linear", "--domain-loss product"),
+        *("--frozen-convolutions all", "--separate-domains False", "--recipe unheard"),
         "--epoch 3",  # no abbreviations: this is --epochs or a mistake
     ):
         assert words.split()[-1] in fail_to_parse(monkeypatch, capsys, *words.split())
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "named"),
+    [
+        ("network", "resnet", "modern-64, or torchvision:resnet18"),
+        ("network", "torchvision:resnet19", "take torchvision:resnet1"),
+        ("network", "torchvision:resnet18@8", "resnet18@8"),
+        ("network", "torchvision:resnet18@2000", "16 to 1024"),
+        ("network", "torchvision:squeezenet1_0", "no linear layer"),
+        ("source", "cifar", "optdigits"),
+        ("target", "no/such/folder", "nor a folder"),
+    ],
+)
+def test_networks_and_domains_that_are_not_there(setting, value, named):
+    with pytest.raises(UserError, match=re.escape(value.partition("@")[0])) as caught:
+        with_settings(recipe_config("dann"), {setting: value})
+    assert named in str(caught.value)
+    assert len(str(caught.value)) < 300
 
 
 OUT_OF_RANGE = [
@@ -147,6 +166,7 @@ OUT_OF_RANGE = [
     ("teacher_decay", 1.0), ("confidence", -0.1), ("strong_until", 1.01), ("target_strong_share", 1.5),
     ("alignment", 1.5), ("alignment_until", 1.1), ("alignment_after", -0.1), ("warp", -0.1), ("perturbation", -1.0),
     ("teacher_weight", -1.0), ("teacher_start", -0.5), ("network", "small"), ("target", "svhn"),
+    ("network", "torchvision:vit_b_16@64"),
 ]  # fmt: skip
 
 

@@ -6,12 +6,14 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from methods.networks import NETWORKS, Dropout, build_network
 from methods.optimisation import balancing_weights
 from model import DomainBatchNorm, GradientReversal, domain_accuracy, domain_loss, reverse_gradient
+from utils.cli import UserError
 
 # ---- the reversal layer
 
@@ -140,7 +142,9 @@ PARAMETERS = {  # of extractor, classifier and discriminator
         mlp(128, 128, 10),
     ),
 }
-FEATURES = {"system-a": 6272, "system-b": 512, "paper-svhn": 8192, "paper-mnist": 3072, "small": 128, "modern": 128}
+PARAMETERS["small-64"] = (PARAMETERS["small"][0] + 3 * normed(1024, 128, 1) - 3 * 2 * 128, *PARAMETERS["small"][1:])
+PARAMETERS["modern-64"] = PARAMETERS["modern"]
+FEATURES = {"system-a": 6272, "system-b": 512, "paper-svhn": 8192, "paper-mnist": 3072}
 DROPOUTS = {  # probabilities of the dropout layers of (extractor, classifier, discriminator) when --dropout is 0.5
     "system-a": ([0.5], [], []),
     "system-b": ([0.25, 0.25], [0.5], []),
@@ -149,6 +153,7 @@ DROPOUTS = {  # probabilities of the dropout layers of (extractor, classifier, d
     "small": ([0.5], [], []),
     "modern": ([0.5], [], []),
 }
+DROPOUTS |= {"small-64": DROPOUTS["small"], "modern-64": DROPOUTS["modern"]}
 
 
 def images_for(network: str, count: int) -> torch.Tensor:
@@ -185,15 +190,15 @@ def features_by_hand(network: str, x: torch.Tensor, w: list[torch.Tensor]) -> to
             x = F.max_pool2d(F.conv2d(x, w[i], w[i + 1], padding=2).clamp_min(0), 2)
         return x.flatten(1)
     scale = (1 + 1e-5) ** -0.5  # fresh batch statistics: mean 0, variance 1
-    pooled = (0, 3, 6) if network == "small" else (0, 6, 12)
+    pooled = (0, 3, 6) if network.startswith("small") else (0, 6, 12)
     *convolutional, last = range(0, len(w), 3)
     for i in convolutional:
         x = F.conv2d(x, w[i], padding=0 if i == 15 else 1)
         if i in pooled:  # before it normalises
             x = F.max_pool2d(x, 2)
         x = (x * scale * w[i + 1].view(1, -1, 1, 1) + w[i + 2].view(1, -1, 1, 1)).clamp_min(0)
-    if network == "modern":
-        assert x.shape[1:] == (256, 2, 2)
+    if network.startswith("modern"):
+        assert x.shape[1:] == (256, 6, 6) if network == "modern-64" else (256, 2, 2)
         x = x.mean((2, 3))
     return (x.flatten(1) @ w[last].T * scale * w[last + 1] + w[last + 2]).clamp_min(0)
 
@@ -216,7 +221,7 @@ def test_forward_pass_is_that_of_the_layer_lists(network):
     x = images_for(network, 2)
     w_f, w_y, w_d = (list(part.parameters()) for part in model.parts().values())
     f = features_by_hand(network, x, w_f)
-    assert f.shape == (2, FEATURES[network])
+    assert f.shape == (2, FEATURES.get(network, 128))
     torch.testing.assert_close(model.extractor(x), f, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model(x), mlp_by_hand(f, w_y), rtol=1e-4, atol=1e-4)
     logits = mlp_by_hand(f, w_d)
@@ -369,4 +374,48 @@ def test_a_network_has_as_many_classes_as_it_is_asked_for(network):
     model, x = build_network(network, classes=26).eval(), images_for(network, 2)
     assert model(x).shape == (2, 26)
     assert model.discriminator(model.extractor(x)).shape == (2,)
-    assert model.discriminator.layers(model.extractor(x)).shape[1:] == ((26,) if network == "modern" else ())
+    assert model.discriminator.layers(model.extractor(x)).shape[1:] == ((26,) if network.startswith("modern") else ())
+
+
+# ---- networks of torchvision
+
+
+BACKBONES = {"resnet18": 512, "vgg11_bn": 4096, "mobilenet_v3_small": 1024, "densenet121": 1024, "swin_t": 768,
+             "efficientnet_b0": 1280, "googlenet": 1024}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_network_of_torchvision_is_cut_before_its_head(name):
+    with torch.device("meta"):
+        model, x = build_network(f"torchvision:{name}@64", classes=17), torch.zeros(2, 3, 64, 64)
+        assert model.extractor(x).shape == (2, BACKBONES[name])
+        assert model(x, "source").shape == (2, 17)
+        assert model.discriminator(model.extractor(x)).shape == (2,)
+        assert model.discriminator.layers(model.extractor(x)).shape == (2, 17)
+    assert not any(type(part) is nn.BatchNorm2d for part in model.modules() if not isinstance(part, DomainBatchNorm)
+                   and part not in [norm.norm for norm in model.extractor.domain_norms])  # fmt: skip
+
+
+def test_imagenet_weights_come_from_the_cache_and_both_domains_start_from_their_statistics(monkeypatch, tmp_path):
+    torch.manual_seed(5)
+    theirs = torchvision.models.resnet18()
+    theirs.train()(torch.randn(8, 3, 64, 64))  # statistics that are not those of a new network
+    theirs.eval()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    with pytest.raises(UserError, match=rf"{file}.*leave out --pretrained"):
+        build_network("torchvision:resnet18@64", pretrained=True, download=False)
+    file.parent.mkdir(parents=True)
+    torch.save(theirs.state_dict(), file)
+    model, x = (
+        build_network("torchvision:resnet18@64", pretrained=True, download=False).eval(),
+        torch.randn(3, 3, 64, 64),
+    )
+    theirs.fc = nn.Identity()
+    for domain in ("source", "target"):
+        torch.testing.assert_close(model.extractor(x, domain), theirs(x))
+    file.write_bytes(b"nothing of the kind")
+    with pytest.raises(UserError, match="no weights that can be loaded"):
+        build_network("torchvision:resnet18@64", pretrained=True, download=False)
+    with pytest.raises(UserError, match="not of small"):
+        build_network("small", pretrained=True)

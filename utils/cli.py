@@ -6,10 +6,11 @@ Exit codes: 0 done, 1 failed (one line on stderr), 2 usage (argparse), 130 inter
 import argparse
 import contextlib
 import errno
+import functools
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 from tqdm import tqdm
@@ -47,6 +48,14 @@ def say(text: str = "") -> None:
     """Print a line for people: stderr, so that stdout ends with the result alone. Of several processes one speaks."""
     if is_first_process():
         tqdm.write(text, sys.stderr)  # above a progress bar, where there is one
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Names with commas, of many the first ones."""
+    return ", ".join(names[:most]) + f", … ({len(names)} in all)" * (len(names) > most)
+
+
+say_once = functools.cache(say)
 
 
 class StopRequest:

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from data_loader import DigitSet
+from data_loader import UNLABELLED, DigitSet
 from digits.domains import Pair
 from methods.classifier import Classifier, Evaluation
 from methods.recipes import Config, all_settings
@@ -30,9 +30,13 @@ class Board:
 
     def __init__(self, run: Run, config: Config, pair: Pair, classifier: Classifier, log: RunLog):
         self.run, self.config, self.pair, self.classifier, self.log = run, config, pair, classifier, log
-        side = min(LARGEST_SIDE, math.isqrt(2 * min(len(pair.source_test), len(pair.target_test))))
+        shown = [pair.source_test, pair.target_test]
+        if not len(pair.target_test):  # without labels: what it was trained on is shown
+            labels = torch.full((len(pair.target_images),), UNLABELLED)
+            shown[1] = dataclasses.replace(pair.target_test, images=pair.target_images, labels=labels)
+        side = min(LARGEST_SIDE, math.isqrt(2 * min(map(len, shown))))
         side -= side % 2
-        self.parts = [spread_over(digits, side * side // 2) for digits in (pair.source_test, pair.target_test)]
+        self.parts = [spread_over(digits, side * side // 2) for digits in shown]
 
     def epoch(self, record: dict, signals: dict[str, float], tested: Evaluation) -> None:
         """What an epoch gave, and after the last one what the run has learnt.
@@ -42,7 +46,8 @@ class Board:
             tested: the test on the target.
         """
         step = self.run.steps_done - 1  # the last one done: a resumed run keeps it
-        accuracies = {f"test/{name}_accuracy": record[f"{name}_accuracy"] for name in ("source", "target")}
+        named = {f"test/{name}_accuracy": record[f"{name}_accuracy"] for name in ("source", "target")}
+        accuracies = {tag: accuracy for tag, accuracy in named.items() if accuracy is not None}
         self.log.scalars(step, accuracies)
         self.log.scalars(step, {"train/images_per_second": record["images_per_second"]})
         self.log.scalars(step, {f"target/{name}": value for name, value in signals.items()})
@@ -51,7 +56,8 @@ class Board:
         if self.run.epoch == self.config.warm_start_epochs + self.config.epochs:
             self.embed(step, *features)
             self.show_features(step, *features)
-            self.show_predictions(step, tested)
+            if tested.total:
+                self.show_predictions(step, tested)
             self.log.hyper_parameters(all_settings(self.config), accuracies)
 
     def features(self) -> list[Tensor]:
@@ -66,8 +72,8 @@ class Board:
         for part, domain in zip(self.parts, ("source", "target"), strict=True):
             predicted = self.classifier.probabilities(part.images, domain).argmax(1)
             for label, answer in zip(part.labels.tolist(), predicted.tolist(), strict=True):
-                right = "yes" if answer == label else "no"
-                rows.append((part.domain, part.classes[label], part.classes[answer], right))
+                known = ("–", "–") if label == UNLABELLED else (part.classes[label], "yes" if answer == label else "no")
+                rows.append((part.domain, known[0], part.classes[answer], known[1]))
         thumbnails = torch.cat([resize(part.images).expand(-1, 3, -1, -1) for part in self.parts])
         points = principal_components(torch.cat((f_s, f_t)))
         self.log.embedding("features", step, points, rows, METADATA, thumbnails / 255)
@@ -84,9 +90,9 @@ class Board:
         """The features of both domains in the plane, and how well a fresh linear probe tells the domains apart."""
         from watch.features import NEIGHBOURS, draw_features, features_figure  # with scikit-learn, another second
 
+        source, target = self.parts
         if min(len(f_s), len(f_t)) <= NEIGHBOURS:
             return
-        source, target = self.parts
         figure, (row,) = features_figure(1, source.domain, target.domain, len(f_s) + len(f_t))
         numbers = draw_features(
             row,

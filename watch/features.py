@@ -1,5 +1,7 @@
 """The features of two domains: numbers that say how mixed they are, and their picture in the plane."""
 
+import math
+
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,6 +15,7 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from data_loader import UNLABELLED
 from watch.plots import SOURCE, STYLE, TARGET, class_colours, new_figure, without_frame
 
 NEIGHBOURS = 10
@@ -86,11 +89,12 @@ def draw_domains(axes: Axes, points: np.ndarray, sources: int) -> None:
 
 def draw_classes(axes: Axes, points: np.ndarray, labels: np.ndarray, sources: int, classes: tuple[str, ...]) -> None:
     """Points coloured by class, whose names stand where most of its source and of its target points are."""
-    order, colours = np.random.default_rng(SEED).permutation(len(points)), class_colours(len(classes))
+    order = np.random.default_rng(SEED).permutation(len(points))
+    colours = [*class_colours(len(classes)), "0.75"]  # the last one, grey, is that of UNLABELLED
     axes.scatter(points[order, 0], points[order, 1], 5, np.array(colours)[labels[order]], alpha=0.7, linewidths=0)
     places: list[np.ndarray] = []
     for part in (slice(sources), slice(sources, None)):
-        for label in np.unique(labels[part]):
+        for label in set(labels[part]) - {UNLABELLED}:
             place = densest(points[part][labels[part] == label])
             if all(np.abs(place - other).max() > 0.07 * np.ptp(points) for other in places):  # not over each other
                 places.append(place)
@@ -112,18 +116,23 @@ def draw_features(
 ) -> dict[str, float]:
     """A network's features, coloured by domain and by class; returns the numbers beside the pictures.
 
+    Args:
+        y_t: all UNLABELLED where the target has no labels.
+
     Shape: (N, F), (N,), (M, F), (M,)
     """
     by_domain, by_class = row
     distance, share = proxy_a_distance(f_s, f_t), neighbour_share(f_s, f_t)
-    same_class = same_class_share(f_s, y_s, f_t, y_t)
+    labelled = (y_t != UNLABELLED).all()
     points = plane(np.concatenate((f_s, f_t)))
     draw_domains(by_domain, points, len(f_s))
     draw_classes(by_class, points, np.concatenate((y_s, y_t)), len(f_s), classes)
     by_domain.set_title(f"{label}, by domain: proxy A-distance {distance:.2f}")
     by_class.set_title(f"{label}, by class")
     by_domain.set_xlabel(f"other-domain neighbours {share:.1%}")
-    by_class.set_xlabel(f"nearest source sample is of the same class: {same_class:.1%} of target")
+    same_class = same_class_share(f_s, y_s, f_t, y_t) if labelled else math.nan
+    alike = f"nearest source sample is of the same class: {same_class:.1%} of target"
+    by_class.set_xlabel(alike if labelled else "the target, in grey, has no labels")
     for axes in row:
         without_frame(axes)
     return {

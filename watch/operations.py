@@ -7,20 +7,19 @@ import functools
 
 import torch
 
-from methods.networks import NETWORKS, build_network
+from methods.networks import build_network, input_shape
 from methods.recipes import Config
 
 
 @functools.cache
 @torch.no_grad()
-def operations(config: Config) -> dict[str, int]:
+def operations(config: Config, classes: int = 10) -> dict[str, int]:
     """Operations of one image's forward pass through each part of the network."""
     from torch.utils.flop_counter import FlopCounterMode  # imported where it is needed: a second
 
-    network = NETWORKS[config.network]
     with torch.device("meta"):  # shapes alone, no weights
-        model = build_network(config.network).eval()
-        image = torch.zeros(1, network.channels, network.image_size, network.image_size)
+        model = build_network(config.network, classes=classes).eval()
+        image = torch.zeros(1, *input_shape(config.network))
     features = model.extractor(image)
     passes = {
         "extractor": lambda: model.extractor(image),
@@ -35,13 +34,13 @@ def operations(config: Config) -> dict[str, int]:
     return counts
 
 
-def operations_of_step(config: Config, adapts: bool = True) -> int:
+def operations_of_step(config: Config, adapts: bool = True, classes: int = 10) -> int:
     """Operations of a training step: 3 × forward, of which 2 × for the backward pass.
 
     The classifier sees source images alone, unless there is a teacher, which itself has a forward pass for each view,
     and where images are perturbed a backward one.
     """
-    parts = operations(config)
+    parts = operations(config, classes)
     extractor, classifier, discriminator = (parts[name] for name in ("extractor", "classifier", "discriminator"))
     if not adapts:
         return 3 * (extractor + classifier) * config.batch_size

@@ -28,10 +28,15 @@ def epoch_record(
         "lambda_p": reversal_weight(config, last_p) if "loss_domain" in means else 0.0,
         "learning_rate": run.optimizer.param_groups[0]["lr"],
         **means,
-        "source_accuracy": source.accuracy,
-        "target_accuracy": target.accuracy,
+        **accuracies(source, target),
         "seconds": run.seconds,
     }
+
+
+def accuracies(source: Evaluation, target: Evaluation) -> dict[str, float | None]:
+    """The accuracies of both tests, in [0, 1]; None where no image has a label, for JSON knows no nan."""
+    tests = {"source_accuracy": source, "target_accuracy": target}
+    return {name: tested.accuracy if tested.total else None for name, tested in tests.items()}
 
 
 def seconds_to(metrics: Path) -> dict[str, float | None]:
@@ -39,7 +44,7 @@ def seconds_to(metrics: Path) -> dict[str, float | None]:
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     reached = {}
     for percent in (90, 95, 98):
-        times = (record["seconds"] for record in records if 100 * record["target_accuracy"] >= percent)
+        times = (record["seconds"] for record in records if 100 * (record["target_accuracy"] or 0) >= percent)
         reached[str(percent)] = next(times, None)
     return reached
 
@@ -57,13 +62,13 @@ def result_record(run: Run, config: Config, pair: Pair, source: Evaluation, targ
     epochs = config.warm_start_epochs + config.epochs
     steps = epochs * run.steps_per_epoch
     adapted = config.epochs * run.steps_per_epoch if config.method == "dann" else 0
+    classes = len(pair.classes)
     images = adapted * images_per_step(config, True) + (steps - adapted) * images_per_step(config, False)
     return {
         "kind": "training",
         **{key: getattr(config, key) for key in ("source", "target", "method", "recipe", "seed")},
         "epochs": epochs,
-        "source_accuracy": source.accuracy,
-        "target_accuracy": target.accuracy,
+        **accuracies(source, target),
         "source_correct": source.correct,
         "source_total": source.total,
         "target_correct": target.correct,
@@ -73,7 +78,8 @@ def result_record(run: Run, config: Config, pair: Pair, source: Evaluation, targ
         **pair.marks,
         "dry_run": run.dry_run,
         "steps": steps,
-        "operations": adapted * operations_of_step(config) + (steps - adapted) * operations_of_step(config, False),
+        "operations": adapted * operations_of_step(config, True, classes)
+        + (steps - adapted) * operations_of_step(config, False, classes),
         "seconds_to": seconds_to(run.folder / "metrics.jsonl"),
         "parameters": sum(w.numel() for w in run.model.parameters()),
         **run.sessions[0],

@@ -10,6 +10,7 @@ from methods.run import Run
 from utils import machine
 from utils.cli import say
 
+FEW_STEPS = 1000
 NOT_PRINTED = ("config", "data", "versions", "resumed")  # of a result record: result.json has them
 
 
@@ -40,7 +41,15 @@ def print_header(run: Run, config: Config, pair: Pair, device: torch.device) -> 
     say("parameters: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
     epochs = counted(config.warm_start_epochs + config.epochs, "epoch")
     say(f"{epochs} of {counted(run.steps_per_epoch, 'step')}; run folder {run.folder}")
+    steps = (config.warm_start_epochs + config.epochs) * run.steps_per_epoch
+    if steps < FEW_STEPS and not run.dry_run:
+        say(f"note: {counted(steps, 'step')} in all are few to learn in: for small sets give --epoch-steps 200")
     say(f"watch it: tensorboard --logdir {run.folder.parent}")
+
+
+def percent(accuracy: float | None) -> str:
+    """An accuracy in per cent, or that there is none, equally long."""
+    return "no test" if accuracy is None else f"{accuracy:7.2%}"
 
 
 def epoch_line(record: dict, epochs: int, seconds: float) -> str:
@@ -51,13 +60,15 @@ def epoch_line(record: dict, epochs: int, seconds: float) -> str:
     return (
         f"epoch {record['epoch']:3d}/{epochs}  p {record['p']:.3f}  lambda {record['lambda_p']:.3f}  "
         f"lr {record['learning_rate']:.4f} | label {record['loss_label']:.3f}{domain} | "
-        f"source {record['source_accuracy']:7.2%}  target {record['target_accuracy']:7.2%} | "
+        f"source {percent(record['source_accuracy'])}  target {percent(record['target_accuracy'])} | "
         f"{seconds:.1f}s  {record['images_per_second']:,.0f} img/s"
     )
 
 
 def accuracy_line(mark: str, correct: int, total: int) -> str:
     """One row of the table of test accuracies."""
+    if not total:
+        return f"{mark:28} not tested: no labels"
     return f"{mark:28} {correct / total:9.2%}  {correct} / {total}"
 
 
