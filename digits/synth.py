@@ -25,6 +25,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,9 @@ FACES = [
     *[("STIXGeneral", zero) for zero in (0x1D7E2, 0x1D7EC, 0x1D7F6)],
     *[(name, 0x30) for name in ("cmb10", "cmr10", "cmss10", "cmti10", "cmtt10")],
 ]
+LETTERS_OF = {  # code points of A and a beside that of the zero
+    0x30: (0x41, 0x61), 0x1D7E2: (0x1D5A0, 0x1D5BA), 0x1D7EC: (0x1D5D4, 0x1D5EE), 0x1D7F6: (0x1D670, 0x1D68A),
+}  # fmt: skip
 GLYPH_HEIGHT = 48  # pixels of a zero's height in a tile
 GLYPH_MARGIN = 12  # pixels around it; also the range of a tile's distances
 TILE = 88  # pixels, both sides of a tile
@@ -55,16 +59,35 @@ SHADOW = 3  # pixels, the farthest a shadow falls across or down
 RAMP = np.linspace(-1, 1, SIZE, dtype=np.float32)  # from one edge of the image to the other
 
 
+@dataclass(frozen=True)
+class Alphabet:
+    """The symbols that are drawn; `forms` of them in a row are of one class: a capital and a small letter."""
+
+    classes: tuple[str, ...]
+    forms: int
+
+    def codes(self, zero: int) -> list[int]:
+        """The symbols' code points in a face, given its zero's."""
+        if self.forms == 1:
+            return [zero + digit for digit in range(len(self.classes))]
+        return [first + letter for letter in range(len(self.classes)) for first in LETTERS_OF[zero]]
+
+
+DIGITS = Alphabet(tuple("0123456789"), 1)
+LETTERS = Alphabet(tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"), 2)
+
+
 @functools.cache
-def glyphs() -> tuple[list[list[Image.Image]], list[float]]:
-    """Every face's ten digits as signed distance maps, and how far a digit advances the line.
+def glyphs(alphabet: Alphabet) -> tuple[list[list[Image.Image]], list[list[float]]]:
+    """Every face's symbols as signed distance maps, and how far each advances the line.
 
     A distance map scales and turns smoothly, and adding to it makes every stroke bolder.
 
     Returns:
-        tiles[face][digit]: mode "F", (TILE, TILE), pixels from the glyph's edge, positive inside, clipped to
-            +-GLYPH_MARGIN; the digit's advance box is centred across, the height of the face's zero down.
-        advance[face]: heights of the zero; all digits of a face advance alike.
+        tiles[face][symbol]: mode "F", (TILE, TILE), pixels from the glyph's edge, positive inside, clipped to
+            +-GLYPH_MARGIN; the symbol's advance box is centred across, the height of the face's zero, or of the letter
+            itself, down.
+        advances[face][symbol]: heights of the zero; all digits of a face advance alike.
     """
     import matplotlib
     from scipy.ndimage import distance_transform_edt
@@ -72,25 +95,27 @@ def glyphs() -> tuple[list[list[Image.Image]], list[float]]:
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
     oversample = 2  # a pixel is either inside or outside: smaller ones measure finer
     size = oversample * TILE
-    tiles, advance = [], []
+    tiles, advances = [], []
     for name, zero in FACES:
         path = str(folder / f"{name}.ttf")
         _, top, _, bottom = ImageFont.truetype(path, 1000).getbbox(chr(zero), anchor="ls")
         font = ImageFont.truetype(path, round(1000 * oversample * GLYPH_HEIGHT / (bottom - top)))
         _, top, _, bottom = font.getbbox(chr(zero), anchor="ls")
-        face = []
-        for digit in range(10):
+        height, face = bottom - top, []
+        codes = alphabet.codes(zero)
+        for code in codes:
+            _, top, _, bottom = font.getbbox(chr(zero if alphabet.forms == 1 else code), anchor="ls")
             canvas = Image.new("L", (size, size))
             middle = (size / 2, (size - top - bottom) / 2)
-            ImageDraw.Draw(canvas).text(middle, chr(zero + digit), 255, font, anchor="ms")
+            ImageDraw.Draw(canvas).text(middle, chr(code), 255, font, anchor="ms")
             inside = np.asarray(canvas) > 127
             distance = distance_transform_edt(inside) - distance_transform_edt(~inside)
             distance -= np.where(inside, 0.5, -0.5)  # from the pixel's edge, not the next pixel's centre
             distance = np.clip(distance / oversample, -GLYPH_MARGIN, GLYPH_MARGIN).astype(np.float32)
             face.append(Image.fromarray(distance).reduce(oversample))
         tiles.append(face)
-        advance.append(font.getlength(chr(zero)) / (bottom - top))
-    return tiles, advance
+        advances.append([font.getlength(chr(code)) / height for code in codes])
+    return tiles, advances
 
 
 def _luma(colour: np.ndarray) -> np.ndarray:
@@ -137,18 +162,19 @@ def _draw_background(rng: np.random.Generator, colour: np.ndarray) -> np.ndarray
     return np.ascontiguousarray(pixels, np.float32) / 255
 
 
-def _draw_number(rng: np.random.Generator, label: int) -> np.ndarray:
-    """A number of one to three digits with `label` near the centre, as distances from the strokes' edges.
+def _draw_text(rng: np.random.Generator, symbol: int, alphabet: Alphabet) -> np.ndarray:
+    """A text of one to three symbols with `symbol` near the centre, as distances from the strokes' edges.
 
     Shape: -> (SIZE + 2 SHADOW, SIZE + 2 SHADOW), float32 in pixels of the image, positive inside a stroke.
     """
-    tiles, advance = glyphs()
+    tiles, advances = glyphs(alphabet)
     face = rng.integers(len(FACES))
     length = rng.integers(1, 4)
-    digits = rng.integers(10, size=length)
+    text = rng.integers(len(alphabet.classes) * alphabet.forms, size=length)
     centre = rng.integers(length)
-    digits[centre] = label
-    step = GLYPH_HEIGHT * (advance[face] + rng.uniform(0, 0.25))  # pixels of a tile
+    text[centre] = symbol
+    advance = max(advances[face][each] for each in text)
+    step = GLYPH_HEIGHT * (advance + rng.uniform(0, 0.25))  # pixels of a tile
 
     # The affine map back from the image to the tile of the centre's digit: unturn, unslant, unscale.
     height = rng.uniform(17, 27)  # pixels of the image
@@ -164,10 +190,10 @@ def _draw_number(rng: np.random.Generator, label: int) -> np.ndarray:
 
     side = SIZE + 2 * SHADOW
     distance = np.full((side, side), -GLYPH_MARGIN, np.float32)
-    for place, digit in enumerate(digits):
+    for place, each in enumerate(text):
         e = TILE / 2 - a * x - b * y - step * (place - centre)
         f = TILE / 2 - c * x - d * y
-        moved = tiles[face][digit].transform(
+        moved = tiles[face][each].transform(
             (side, side),
             Image.Transform.AFFINE,
             (a, b, e, c, d, f),
@@ -178,17 +204,17 @@ def _draw_number(rng: np.random.Generator, label: int) -> np.ndarray:
     return distance / math.sqrt(scale_x * scale_y)
 
 
-def render_digit(seed: int, index: int) -> tuple[np.ndarray, int]:
+def render_digit(seed: int, index: int, alphabet: Alphabet = DIGITS) -> tuple[np.ndarray, int]:
     """Render image `index` of the endless sequence that `seed` names.
 
     Args:
         seed, index: integers from 0.
 
     Returns:
-        image (32, 32, 3): uint8, RGB; label: the digit in the centre, 0..9, all equally likely.
+        image (32, 32, 3): uint8, RGB; label: the class of the symbol in the centre, all equally likely.
     """
     rng = np.random.default_rng((seed, index))
-    label = int(rng.integers(10))
+    symbol = int(rng.integers(len(alphabet.classes) * alphabet.forms))
     colour_ground = rng.random(3, dtype=np.float32)
     luma_ground = _luma(colour_ground)
     gap = rng.uniform(0.2, 0.5)
@@ -201,7 +227,7 @@ def render_digit(seed: int, index: int) -> tuple[np.ndarray, int]:
     missing = np.maximum(0, 0.7 * gap - side * (luma - _luma(image)))
     image = np.clip(image - side * missing, 0, 1)
 
-    distance = _draw_number(rng, label) + rng.uniform(-0.1, 0.5)  # pixels added to every stroke's edge
+    distance = _draw_text(rng, symbol, alphabet) + rng.uniform(-0.1, 0.5)  # pixels added to every stroke's edge
 
     def paint(colour: np.ndarray, grow: float, dx: int = 0, dy: int = 0, opacity: float = 1.0) -> None:
         window = distance[SHADOW - dy : SHADOW - dy + SIZE, SHADOW - dx : SHADOW - dx + SIZE]
@@ -226,14 +252,14 @@ def render_digit(seed: int, index: int) -> tuple[np.ndarray, int]:
         image = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(blur)))
     noise = rng.random((SIZE, SIZE, 3), dtype=np.float32) - 0.5
     image = image + rng.uniform(0, 40) * noise + 0.5
-    return np.clip(image, 0, 255).astype(np.uint8), label
+    return np.clip(image, 0, 255).astype(np.uint8), symbol // alphabet.forms
 
 
-def _render_range(seed: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _render_range(alphabet: Alphabet, seed: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     images = np.empty((count, SIZE, SIZE, 3), np.uint8)
     labels = np.empty(count, np.int64)
     for i in range(count):
-        images[i], labels[i] = render_digit(seed, start + i)
+        images[i], labels[i] = render_digit(seed, start + i, alphabet)
     return images, labels
 
 
@@ -244,27 +270,27 @@ def _start_worker() -> None:
 
 
 def _render_chunks(
-    seed: int, starts: Sequence[int], counts: Sequence[int], workers: int
+    alphabet: Alphabet, seed: int, starts: Sequence[int], counts: Sequence[int], workers: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     # Workers are forked: spawn and forkserver would import the caller's script again, torch and all, and
     # break where it has no `if __name__ == "__main__"`. Fork is safe beside torch's threads since a worker
     # calls only numpy and Pillow, takes no lock that another thread may hold, and leaves by os._exit. Off
     # Linux it is missing, or unsafe in the system's own libraries: one process must do.
-    seeds = [seed] * len(starts)
+    render = functools.partial(_render_range, alphabet, seed)
     if min(workers, len(starts)) < 2 or sys.platform != "linux":
-        yield from map(_render_range, seeds, starts, counts)
+        yield from map(render, starts, counts)
         return
-    glyphs()  # measured once, here: the workers inherit the tiles
+    glyphs(alphabet)  # measured once, here: the workers inherit the tiles
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(min(workers, len(starts)), context, _start_worker)
     try:
-        yield from pool.map(_render_range, seeds, starts, counts)
+        yield from pool.map(render, starts, counts)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def render_digits(
-    seed: int, start: int, count: int, workers: int | None = None, progress: bool = True
+    seed: int, start: int, count: int, workers: int | None = None, progress: bool = True, alphabet: Alphabet = DIGITS
 ) -> tuple[np.ndarray, np.ndarray]:
     """Render the images start .. start + count - 1 of a seed, in parallel where that pays.
 
@@ -273,7 +299,7 @@ def render_digits(
         progress: show a bar on stderr, if that is a terminal.
 
     Returns:
-        images (count, 32, 32, 3): uint8; labels (count,): int64, 0..9.
+        images (count, 32, 32, 3): uint8; labels (count,): int64.
     """
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
@@ -282,8 +308,8 @@ def render_digits(
     images = np.empty((count, SIZE, SIZE, 3), np.uint8)
     labels = np.empty(count, np.int64)
     done = 0
-    with tqdm(total=count, desc="synth digits", unit="img", disable=None if progress else True) as bar:
-        for chunk_images, chunk_labels in _render_chunks(seed, starts, counts, workers):
+    with tqdm(total=count, desc="rendering", unit="img", disable=None if progress else True) as bar:
+        for chunk_images, chunk_labels in _render_chunks(alphabet, seed, starts, counts, workers):
             chunk = slice(done, done + len(chunk_labels))
             images[chunk], labels[chunk] = chunk_images, chunk_labels
             done = chunk.stop

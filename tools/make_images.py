@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 
 from digits.readers import OPTDIGITS_TRAIN
-from digits.synth import FACES, GLYPH_HEIGHT, glyphs, render_digit
+from digits.synth import DIGITS, FACES, GLYPH_HEIGHT, glyphs, render_digit
 from utils.cli import run_script, script_parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +40,7 @@ def handwriting(rng: np.random.Generator, digit: int, height: int) -> np.ndarray
 
 def print_digit(digit: int, height: int) -> np.ndarray:
     """A digit in bold type as ink coverage. Shape: -> (H, W) float32 in [0, 1]."""
-    tiles, _ = glyphs()
+    tiles, _ = glyphs(DIGITS)
     tile = tiles[BOLD][digit]
     scale = height / GLYPH_HEIGHT
     large = tile.resize([round(side * scale) for side in tile.size], Image.Resampling.BICUBIC)
