@@ -15,10 +15,13 @@ from data_loader import CLASS_NAMES, DigitSet, relabelled
 from digits.domains import DOMAINS, check_name, load_test_sets, same_domain, title
 from digits.files import data_files
 from methods.classifier import Classifier, Evaluation, load_classifier
+from methods.export import ENDINGS, TOLERANCE, export, largest_difference, load_export
 from utils import machine
 from utils.cli import UserError, run_script, say, script_parser
 from utils.pretrained import read_index
 from watch.screen import ACCURACY_HEADER, accuracy_line
+
+EXPORTED = Path("runs/exported")
 
 
 def evaluate(classifier: Classifier, digits: DigitSet, domain: str | None = None) -> Evaluation:
@@ -68,6 +71,9 @@ def parse_arguments() -> argparse.Namespace:
         "two of the training)",
     )  # fmt: skip
     parser.add_argument("--confusion", action="store_true", help="print the confusion matrices")
+    parser.add_argument(
+        "--export", choices=tuple(ENDINGS), help="write the network into runs/exported as well, and check the file"
+    )
     parser.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="(default: %(default)s)")
     parser.add_argument(
         "--download",
@@ -124,6 +130,15 @@ def main() -> None:
             results[digits.domain]["data"] = digits.mark
         if args.confusion:
             print(confusion_table(tested.confusion, classifier.classes))
+    if args.export:
+        path = export(classifier, args.export, EXPORTED)
+        for digits in known:
+            difference = largest_difference(load_export(path), classifier, digits.images)
+            if difference > TOLERANCE:
+                raise UserError(
+                    f"{path} gives other probabilities than PyTorch: by up to {difference:.2g} on {digits.mark}"
+                )
+            say(f"wrote {path}: on {digits.mark} its probabilities differ from PyTorch's by at most {difference:.1g}")
     for name, reason in missing.items():
         print(f"{title(name):28} not tested: {reason}")
     print(json.dumps({"weights": args.weights or read_index()["default"], "domains": results}, ensure_ascii=False))

@@ -98,6 +98,10 @@ def test_two_folders_in_and_an_adapted_network_out(monkeypatch, capsys, tmp_path
     assert tested["./scans"]["correct"] == result["source_correct"]
     assert sum(line.split()[:2] == classes[-1].split() for line in printed) == 2, "a row in each confusion matrix"
 
+    run(valid, "--weights", "runs/whole", "--data-dir", "kept", "--export", "torch")
+    assert Path("runs/exported/whole.pt2").is_file()
+    capsys.readouterr()
+
     picture = target / "train" / "5.png"
     run(image_annotate, "-f", picture, "--weights", "runs/whole", "--device", "cpu", "--json", "--output-dir", "out")
     (document,) = json.loads(capsys.readouterr().out.splitlines()[-1])
