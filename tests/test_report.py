@@ -181,7 +181,11 @@ def project(tmp_path, monkeypatch):
     """A folder with pages and three results, and a function that runs the tool on them."""
     write(tmp_path / "results", runs(7000, 7100, 7300))
     (tmp_path / "docs").mkdir()
-    for page, names in (("README.md", "results"), ("docs/results.md", "results ablation"), ("docs/speed.md", "speed")):
+    for page, names in (
+        ("README.md", "results"),
+        ("docs/results.md", "results selection ablation"),
+        ("docs/speed.md", "speed"),
+    ):
         parts = "".join(f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->\n" for name in names.split())
         (tmp_path / page).write_text(f"# Title\n\n{parts}\nafter <!-- results:begin -->\n", encoding="utf-8")
 
@@ -229,6 +233,32 @@ def test_add_appends_all_or_none(project):
     assert (file.parent / "mnist-usps.jsonl").exists()
     run("--add", write(folder / "one", [result(9000, seed=1)], "result.json"), "--force")
     assert [json.loads(line)["target_correct"] for line in file.read_text().splitlines()] == [7000, 9000, 7300, 7400]
+
+
+def test_each_signal_chooses_the_epoch_that_it_likes_best(project, tmp_path):
+    """Entropy the least, the others the most; a run without all of the signals has no curve."""
+    folder, run = project
+    curves = {
+        "target_accuracy": [0.5, 0.9, 0.8, 0.7], "entropy": [0.4, 0.3, 0.2, 0.3], "diversity": [2.3, 2.0, 2.1, 2.2],
+        "smallest_class_share": [0.0, 0.01, 0.02, 0.1], "bnm": [0.1, 0.9, 0.2, 0.3], "snd": [1.0, 1.0, 2.0, 1.0],
+        "class_ami": [0.1, 0.2, 0.3, 0.4],
+    }  # fmt: skip
+    epochs = [dict(zip(curves, values, strict=True)) for values in zip(*curves.values(), strict=True)]
+    for seed, lines in ((0, epochs), (1, [{"target_accuracy": 0.5, "entropy": 0.1}])):
+        where = tmp_path / f"run-{seed}"
+        where.mkdir()
+        (where / "result.json").write_text(json.dumps(result(seed=seed, source="a/src", target="b/tgt")))
+        (where / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run("--add", tmp_path / "run-0", tmp_path / "run-1")
+    assert len((folder / "results" / "src-tgt.jsonl").read_text().splitlines()) == 2
+    assert len((folder / "results" / "selection.jsonl").read_text().splitlines()) == 1
+    run()
+    (row,) = rows((folder / "docs/results.md").read_text().split("selection:begin")[1].split("selection:end")[0])
+    found = {name: row[name] for name in list(row)[3:]}
+    assert found == {
+        "Last": "70.00", "entropy": "80.00", "diversity": "50.00", "smallest class": "70.00", "BNM": "90.00",
+        "SND": "80.00", "ClassAMI": "70.00", "Oracle (uses test labels)": "90.00",
+    }  # fmt: skip
 
 
 def test_the_pages_of_the_repository_show_its_results():

@@ -7,6 +7,7 @@ Each table stands between two lines of README.md, docs/results.md or docs/speed.
 import argparse
 import json
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import pandas as pd
 from methods.recipes import RECIPES
 from tools.report_ablation import FILE as ABLATION
 from tools.report_ablation import ablation_report
+from tools.report_selection import FILE as SELECTION
+from tools.report_selection import curves_of, run_identity, selection_report
 from tools.report_speed import speed_report
 from tools.tables import METHOD_NAMES, Record, accuracy, code, escape, flags_of, gain, json_line, markdown, read_records
 from utils.cli import UserError, run_script, script_parser
@@ -86,7 +89,7 @@ def read_results(folder: Path) -> pd.DataFrame:
     Raises:
         UserError: there is none, one is no good, or two are of the same settings and seed.
     """
-    files = [path for path in sorted(folder.glob("*.jsonl")) if path.name != ABLATION]
+    files = [path for path in sorted(folder.glob("*.jsonl")) if path.name not in (ABLATION, SELECTION)]
     runs = [run_of(record) for path in files for record in read_records(path)]
     if not runs:
         raise UserError(f"no results in {folder}: add a run with python -m tools.report --add RUN")
@@ -102,20 +105,33 @@ def identity(record: Record) -> tuple[str, int]:
 
 
 def add(runs: list[Path], folder: Path, force: bool) -> None:
-    """Append the runs' result.json to their pairs' files; all of them or, when one is refused, none."""
-    files: dict[Path, dict[tuple[str, int], Record]] = {}
+    """Append the runs' result.json to their pairs' files, and their curves to one more; all or, if one is bad, none."""
+    files: dict[Path, dict[tuple, Record]] = {}
+
+    def put(path: Path, record: Record, identify: Callable[[Record], tuple]) -> None:
+        records = files.get(path)
+        if records is None:
+            records = files[path] = {identify(line): line for line in (read_records(path) if path.exists() else [])}
+        key = identify(record)
+        if key in records and not force:
+            both = f"{records[key]['where']} and {record['where']}"
+            raise UserError(f"{both} have the same settings and seed: leave one out, or replace it by --force")
+        records[key] = record
+
     for run in runs:
         for record in read_records(run / "result.json" if run.is_dir() else run):
-            key, path = identity(record), folder / f"{record['source']}-{record['target']}.jsonl"
-            there = read_records(path) if path.exists() else []
-            records = files.setdefault(path, {identity(line): line for line in there})
-            if key in records and not force:
-                both = f"{records[key]['where']} and {record['where']}"
-                raise UserError(f"{both} have the same settings and seed: leave one out, or replace it by --force")
-            records[key] = record
+            put(folder / file_of(record["source"], record["target"]), record, identity)
+            curves = curves_of(run, record) if run.is_dir() else None
+            if curves:
+                put(folder / SELECTION, curves | {"where": str(run / "metrics.jsonl")}, run_identity)
     for path, records in files.items():
         write(path, "".join(map(json_line, records.values())))
         print(path)
+
+
+def file_of(source: str, target: str) -> str:
+    """The file of a pair; of a folder its name counts."""
+    return f"{Path(source).name}-{Path(target).name}.jsonl"
 
 
 def write(path: Path, text: str) -> None:
@@ -208,7 +224,7 @@ def pair_report(pair: pd.DataFrame) -> str:
             "Runs": escape(f"seed{'s' * (len(row) > 1)} {seeds}; {how}"),
             "Command": code(re.sub(r"\s--(run-dir|seed)[ =](?:'[^']*'|[^\s'])+", "", run.command)),
         })  # fmt: skip
-    file = f"{run.source}-{run.target}.jsonl"
+    file = file_of(run.source, run.target)
     tests = escape(f"Source test: {run.source_test_mark}; target test: {run.target_test_mark}.")
     return f"## {escape(pair_name(run))}\n\n{tests} Every run: [{file}](../results/{file}).\n\n{markdown(lines)}"
 
@@ -297,7 +313,11 @@ def main() -> None:
     runs = read_results(args.results)
     pages = {
         args.readme: {"results": readme_report(runs)},
-        args.docs / "results.md": {"results": docs_report(runs), "ablation": ablation_report(args.results / ABLATION)},
+        args.docs / "results.md": {
+            "results": docs_report(runs),
+            "selection": selection_report(args.results / SELECTION),
+            "ablation": ablation_report(args.results / ABLATION),
+        },
         args.docs / "speed.md": {"speed": speed_report(args.results, args.docs)},
     }
     changed: dict[Path, str] = {}
