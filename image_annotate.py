@@ -85,7 +85,8 @@ def confidence(text: str) -> float:
 
 def parse_arguments() -> argparse.Namespace:
     parser = script_parser(
-        description="Find every digit in pictures, classify it, and write the pictures with the predictions on them.",
+        description="Find every digit in pictures, classify it, and write the pictures with the predictions on them. "
+        "Weights that were trained on folders of pictures classify each picture as a whole.",
         epilog="examples:\n"
         "  python image_annotate.py -f note.jpg                     a name in images/, or any path\n"
         "  python image_annotate.py -f photos/ --json               all pictures of a folder\n"

@@ -352,6 +352,9 @@ def test_weights_that_are_none(monkeypatch, fail, tiny_data, tmp_path, case):
     assert re.search("main.py wrote|(choose one|use weights) of (.*small|paper-mnist)", message), (
         "it says what to use instead"
     )
+    assert "\x1b" not in message
+    if "module" in case or "trap" in case:
+        assert "pickled code, which is not run" in message
     if "shape" in case:
         assert re.search(rf"\b1 of \d+ .*{ODD}.*\(11,\).*\(10,\)", message)
     assert path.read_bytes() == before

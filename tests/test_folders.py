@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import go_on, records_of, result_of, run_as_process, state_of, train, weights_of
 from PIL import Image, ImageDraw
 
@@ -126,13 +127,23 @@ def test_a_target_without_labels_is_trained_on_and_not_tested(capsys, tmp_path):
     assert json.loads(Path("run/metrics.jsonl").read_text().splitlines()[0])["class_ami"] <= 1
 
 
-def test_a_network_of_torchvision_trains_on_folders(tmp_path):
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_a_network_of_torchvision_trains_on_folders(monkeypatch, tmp_path, pretrained):
+    """From new weights, and from those in torch's cache."""
     for name in ("scans", "phone"):
         fill(tmp_path / name, ["a", "b", "c"], 5)
-    words = ("--network", "torchvision:resnet18@32", *SMALL, "--precision", "fp32")
+    words = ["--network", "torchvision:resnet18@32", *SMALL, "--precision", "fp32", *["--pretrained"] * pretrained]
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    theirs = torchvision.models.resnet18()
+    theirs.conv1.weight.data.fill_(0.5)
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(theirs.state_dict(), tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth")
     train("--source", "scans", "--target", "phone", *words, "--run-dir", "run")
     assert result_of(Path("run"))["target_total"] == 3
-    assert weights_of(Path("run"))["classifier.layers.0.weight"].shape == (3, 512)
+    weights = weights_of(Path("run"))
+    assert weights["classifier.layers.0.weight"].shape == (3, 512)
+    first = next(value for name, value in weights.items() if name.endswith("conv1.weight"))
+    assert (first.mean().item() > 0.4) is pretrained
 
 
 # ---- what lies in a folder

@@ -1,6 +1,7 @@
 """Checkpoints to go on from, and weights to keep."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def _load_torch(path: Path) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch raise a dozen kinds for bytes that are no checkpoint
-        reason = " ".join(str(error).split())[:120]
+        unsafe = isinstance(error, pickle.UnpicklingError) and "eights only" in str(error)
+        reason = "pickled code, which is not run" if unsafe else " ".join(str(error).split())[:120]
         raise UserError(f"{path} is not a checkpoint of tensors ({reason}): use a file that main.py wrote") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a state dict: use a file that main.py wrote")
