@@ -1,6 +1,7 @@
 """How every figure looks, and the figures that both a run's log and tools/figures.py have."""
 
 import io
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ CLASSES = (
     *("#000000", "#E69F00", "#56B4E9", "#009E73", "#B8A800"),
     *("#0072B2", "#D55E00", "#CC79A7", "#8C8C8C", "#7A3E9D"),
 )
+CAPTION = 130  # characters of a line below a figure
+LONGEST_NAME = 9  # characters of a class below a picture
 LEGIBLE = 15  # classes of a confusion matrix whose counts can still be read
 # Opaque white, so that a figure reads alike on GitHub's white and on its dark page.
 STYLE: Any = {
@@ -165,11 +168,11 @@ def confusion_figure(confusions: dict[str, Tensor], mark: str, classes: tuple[st
     panels = figure.subplots(1, len(confusions), squeeze=False)[0]
     for axes, (name, confusion) in zip(panels, confusions.items(), strict=True):
         draw_confusion(axes, confusion, name, classes)
-    figure.supxlabel(
+    caption = (
         f"{mark} test images by what they are and what they are predicted as; the darker, the larger the share of "
-        "the true class",
-        fontsize=9,
+        "the true class"
     )
+    figure.supxlabel(textwrap.fill(caption, CAPTION), fontsize=9)
     return figure
 
 
@@ -195,6 +198,8 @@ def misclassified_figure(
             ("gained", right[1] & ~right[0], 2, f"Misclassified by {names[0]}, right by {names[1]}: {total}"),
             ("lost", right[0] & ~right[1], 1, f"Right by {names[0]}, misclassified by {names[1]}: {total}"),
         ]
+    classes = tuple(name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…" for name in classes)
+    true = "\ntrue " if max(map(len, classes)) < 5 else "\ntrue\n"
     rows, counts = [], {"total": len(target)}
     for name, mask, lines, heading in groups:
         chosen = mask.nonzero()[:, 0]
@@ -202,7 +207,7 @@ def misclassified_figure(
         heading = heading.format(count=counts[name])
         for part in spread(chosen, labels, lines * COLUMNS, seed).split(COLUMNS):
             captions = [
-                " → ".join(classes[prediction[i]] for prediction in predictions.values()) + f"\ntrue {classes[label]}"
+                " → ".join(classes[prediction[i]] for prediction in predictions.values()) + true + classes[label]
                 for i, label in zip(part.tolist(), labels[part].tolist(), strict=True)
             ]
             pictures = target.images[part]
