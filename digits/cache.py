@@ -1,12 +1,12 @@
 """Sets of images that take a while to make: made once, and kept in a file."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from utils.cli import say
+from utils.cli import UserError, say
+from utils.files import write_atomically
 
 ImageSet = tuple[np.ndarray, np.ndarray]  # images (N, 32, 32, 3) uint8, labels (N,) int64
 
@@ -29,12 +29,12 @@ def cached(name: str, count: int, folders: Sequence[Path], make: Callable[[], Im
         except Exception as error:  # numpy and zipfile raise almost anything on damaged bytes
             say(f"{path} is damaged ({type(error).__name__}): making it again")
     images, labels = make()
-    failures = []
+    failures: list[Exception] = []
     for path in paths:
         try:
             _write(path, images, labels)
             break
-        except OSError as error:
+        except (OSError, UserError) as error:
             failures.append(error)
     if len(failures) == len(paths):
         say(f"{name} is not cached: {'; '.join(map(str, failures))}")
@@ -50,12 +50,9 @@ def _read(path: Path, count: int) -> ImageSet:
 
 
 def _write(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Write all or nothing: an interruption or a full disk leaves no half file under the cache's name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
+    def save(part: Path) -> None:
+        with part.open("wb") as file:  # under a name, savez would append .npz to it
             np.savez(file, images=images, labels=labels)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, save)
