@@ -16,7 +16,7 @@ from PIL import Image, ImageShow
 from annotate.classify import MIN_CONFIDENCE, SINGLE_SIDE, Digit, classify, is_single
 from annotate.draw import COLOURS, draw_digits, lay_out, side_by_side
 from annotate.find_digits import find_digits
-from annotate.pictures import output_for, pictures_named, save_picture
+from annotate.pictures import output_for, pictures_named, save_picture, sheets_of
 from data_loader import CLASS_NAMES
 from methods.classifier import load_classifier
 from utils import machine
@@ -114,17 +114,17 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    paths = pictures_named(args.file, IMAGES)
-    for path in paths:  # all are looked at before one is written, but not kept: a folder may hold more than memory
-        open_picture(path)
+    sheets = sheets_of(pictures_named(args.file, IMAGES))
+    for sheet in sheets:  # all are looked at before one is written, but not kept: a folder may hold more than memory
+        open_picture(sheet.path, page=sheet.frame)
     device = machine.choose_device(args.device)
     machine.prepare(device)
     names = [args.weights] if args.compare is None else [args.weights, args.compare]
     classifiers = [load_classifier(name, device, args.download) for name in names]
     make_folder(args.output_dir)
     documents = []
-    for path in paths:
-        picture = open_picture(path)
+    for sheet in sheets:
+        picture = open_picture(sheet.path, page=sheet.frame)
         single = all(is_single(picture, classifier) for classifier in classifiers)
         candidates = [] if single else find_digits(picture)
         classified = [classify(picture, candidates, classifier, args.min_confidence) for classifier in classifiers]
@@ -135,18 +135,19 @@ def main() -> None:
                       for name, classifier, lines in zip(names, classifiers, classified, strict=True)]  # fmt: skip
             page = side_by_side(pages, titles)
 
-        output = output_for(path, args.output_dir)
-        save_picture(page, output, made_of=path)
-        document = {"image": str(path), **as_document(classified[0])}
+        output = output_for(sheet, args.output_dir)
+        save_picture(page, output, made_of=sheet)
+        document = {"image": str(sheet.path), **({"page": sheet.page} if sheet.page else {})}
+        document |= as_document(classified[0])
         if args.compare is not None:
             document["compare"] = {"weights": args.compare, **as_document(classified[1])}
         documents.append(document)
         if not args.json:
             for name, lines in zip(names, classified, strict=True):
-                print(f"{path}" if args.compare is None else f"{path}, {name or 'default weights'}")
+                print(f"{sheet}" if args.compare is None else f"{sheet}, {name or 'default weights'}")
                 print_digits(lines)
         elif not all(classified):
-            say(f"{path}: no digit found")
+            say(f"{sheet}: no digit found")
         say(f"wrote {output}")
         if args.show:
             show(page, output)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from data_loader import UNLABELLED, DigitSet, Preprocessing
 from utils.cli import UserError, listed, say_once
 from utils.files import make_folder, write_json
-from utils.pictures import open_picture, without_warnings
+from utils.pictures import NEEDS_HEIF, is_unknown_heif, open_picture, without_warnings
 
 HELD_OUT = 5  # of so many pictures of a class one is for testing, where the folder has no split
 VERSION = 1  # of decoded pictures: raise it whenever the pixels change
@@ -88,6 +88,8 @@ def _scan(folder: Path) -> Pictures:
     pictures = {path.name: _pictures(sorted(path.rglob("*")), others) for path in _subfolders(folder)}
     if others:
         say_once(f"{folder}: left out {_counted(others, folder)}, not named like a picture")
+        if any(map(is_unknown_heif, others)):
+            say_once(f"{folder}: to have HEIC read, {NEEDS_HEIF}")
     empty = sorted(label for label, paths in pictures.items() if not paths)
     pictures = {label: paths for label, paths in pictures.items() if paths}
     if straight and pictures:

@@ -27,6 +27,7 @@ from methods.classifier import load_classifier, usage
 from methods.networks import build_network
 from methods.recipes import Config
 from utils.checkpoint import save_weights
+from utils.cli import UserError
 from utils.pictures import open_picture
 from utils.pretrained import read_index
 
@@ -300,6 +301,50 @@ def test_a_folder(documents, tiny, note, tmp_path):
     written = {path.name for path in folder.iterdir() if mark_in(path)}
     assert written == {"a-annotated.png", "b-annotated.png", "c-annotated-annotated.png", "note-annotated.png"}
     assert (folder / "c-annotated.png").read_bytes() == tiny.read_bytes()
+
+
+def test_every_page_of_a_file(documents, tiny, note, tmp_path):
+    """But not a small copy of another page, as scanners put beside it."""
+    first, second = (Image.open(path).convert("L") for path in (note, tiny))
+    copy = first.reduce(4)
+    copy.encoderinfo = {"tiffinfo": {254: 1}}
+    scan = tmp_path / "scan.tif"
+    first.save(scan, save_all=True, append_images=[copy, second])
+    for _ in range(2):
+        found = documents(scan)
+        assert [document["page"] for document in found] == [1, 2]
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {f"scan-page{i}-annotated.png" for i in (1, 2)}
+    alone = documents(note, tiny)
+    assert [document["lines"] for document in found] == [document["lines"] for document in alone]
+    assert all("page" not in document for document in alone)
+
+
+def test_of_an_animation_the_first_frame_counts_and_a_line_says_so(annotate, tiny, note, tmp_path):
+    first, second = (Image.open(path).convert("L") for path in (tiny, note))
+    first.save(tmp_path / "moving.gif", save_all=True, append_images=[second.resize(first.size)])
+    printed = annotate(tmp_path / "moving.gif")
+    assert "moving.gif has 2 frames: the first one counts" in printed.err
+
+
+def test_pictures_of_phones_that_cannot_be_read_are_named(monkeypatch, annotate, tiny, tmp_path):
+    """HEIC takes a package that few need; without it no file of a folder is left out in silence."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shutil.copy(tiny, folder / "a.png")
+    (folder / "b.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    known = {end: kind for end, kind in Image.registered_extensions().items() if end not in (".heic", ".heif")}
+    monkeypatch.setattr(Image, "registered_extensions", lambda: known)
+    printed = annotate(folder)
+    assert f"skipped {folder / 'b.HEIC'}: run `pip install pillow-heif`" in printed.err
+    assert (tmp_path / "out" / "a-annotated.png").exists()
+    with pytest.raises(UserError, match="pip install pillow-heif"):
+        annotate(folder / "b.HEIC")
+
+
+def test_pictures_of_phones_that_can_be_read(annotate, tiny, tmp_path):
+    pytest.importorskip("pillow_heif")
+    Image.open(tiny).convert("RGB").resize((32, 32)).save(tmp_path / "a.heic", quality=95)
+    assert "a.heic" in annotate(tmp_path / "a.heic").out
 
 
 def test_no_file_is_written_over(annotate, tiny, note, tmp_path):
