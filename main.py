@@ -28,7 +28,7 @@ from methods.teacher import Teacher
 from model import DANN, domain_accuracy, domain_loss, reverse_gradient
 from utils import distributed, machine
 from utils.checkpoint import save_weights
-from utils.cli import Interrupted, StopRequest, run_script, stop_on_ctrl_c
+from utils.cli import Interrupted, StopRequest, run_script, stop_on_signals
 from utils.distributed import Processes
 from utils.files import make_folder, write_json
 from valid import evaluate
@@ -128,7 +128,8 @@ def train(
         run.save(device, processes)
         if processes.any(stop.made) and run.epoch < warm + config.epochs:
             watcher.close()
-            raise Interrupted(f"interrupted at epoch {run.epoch + 1}, step {run.step}: go on with `{watcher.go_on}`")
+            where = f"interrupted at epoch {run.epoch + 1}, step {run.step}"
+            raise Interrupted(f"{where}: go on with `{watcher.go_on}`", stop.exit_code)
 
 
 class SourceOnlyObjective(nn.Module):
@@ -228,7 +229,7 @@ def main() -> None:
         print_header(run, config, pair, device)
         go_on = resume_command(args, folder, processes)
         watcher = Watcher(run, config, loader, pair, classifier, processes, go_on)
-        with stop_on_ctrl_c() as stop:
+        with stop_on_signals() as stop:
             train(run, config, loader, watcher, processes, args.compile, stop)
         watcher.close()
         if processes.writes:

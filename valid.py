@@ -67,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--domains", nargs="+", metavar="DOMAIN",
-        help=f"test sets: {', '.join(DOMAINS)}, all of these that are at hand, or folders of pictures (default: the "
+        help=f"test sets: {', '.join(DOMAINS)}, `all` of these that are at hand, or folders of pictures (default: the "
         "two of the training)",
     )  # fmt: skip
     parser.add_argument("--confusion", action="store_true", help="print the confusion matrices")

@@ -52,7 +52,8 @@ def parse_arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
         f"The defaults shown are those of the recipe {defaults.recipe}.",
         epilog="examples:\n"
         "  python main.py --recipe quick                  built-in data, about a minute on two cores\n"
-        "  python main.py --data-dir data --epochs 4      SVHN -> MNIST, a first look",
+        "  python main.py --data-dir data --epochs 4      SVHN -> MNIST, a first look\n"
+        "  python main.py --source scans --target phone   two folders of pictures of your own",
     )
     add_config_arguments(parser, defaults)
     group = parser.add_argument_group("run")

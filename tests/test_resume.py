@@ -1,14 +1,18 @@
 """A run that is interrupted and goes on ends with the same bits as one that was left alone."""
 
+import fcntl
 import functools
 import gzip
 import json
+import os
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import termios
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -293,24 +297,30 @@ def test_a_file_that_is_no_checkpoint_of_this_version_is_refused(fail, stopped_r
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
-def test_ctrl_c_of_a_process(tiny_data, tmp_path):
-    folder, epochs = tmp_path / "run", 50
+def start_run(folder, tiny_data, epochs=50, **options) -> subprocess.Popen:
+    """A run in a process of its own that is in its second epoch, or later."""
     settings = ("--network", "small", "--batch-size", 16, "--epochs", epochs)
     command = (sys.executable, "main.py", *settings, *MACHINE, "--data-dir", tiny_data, "--run-dir", folder)
-    process = subprocess.Popen(
-        [*map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    process = subprocess.Popen([*map(str, command)], cwd=ROOT, text=True, **pipes)
+    for _ in range(600):
+        if (folder / "last.pt").exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    return process
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_process_that_is_told_to_stop(tiny_data, tmp_path, number, code):
+    """By Ctrl-C, by a scheduler, or because its terminal goes away."""
+    folder, epochs = tmp_path / "run", 50
+    process = start_run(folder, tiny_data, epochs)
     try:
-        before = ""
-        for line in process.stderr:
-            before += line
-            if line.startswith("epoch   1/"):
-                break
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == 130, before + err
+    assert process.returncode == code, err
     assert "Traceback" not in err
     assert out == "", "an interrupted run has no result"
     message = err.splitlines()[-1]
@@ -322,6 +332,37 @@ def test_ctrl_c_of_a_process(tiny_data, tmp_path):
     assert not list(folder.glob(".*tmp"))
     assert not (folder / "result.json").exists()
     assert [record["epoch"] for record in records_of(folder)] == list(range(1, epoch))
+
+
+def test_a_terminal_that_goes_away_leaves_a_checkpoint(tiny_data, tmp_path):
+    """The run is the leader of the terminal's session, as in a window that is closed; nobody reads what it says."""
+    ours, terminal = os.openpty()
+    options = {"stdin": terminal, "stdout": terminal, "stderr": terminal, "start_new_session": True}
+    folder = tmp_path / "run"
+    process = start_run(folder, tiny_data, **options, preexec_fn=lambda: fcntl.ioctl(terminal, termios.TIOCSCTTY, 0))
+    try:
+        os.close(terminal)
+        before = state_of(folder)
+        os.close(ours)
+        assert process.wait(timeout=120) == 129
+    finally:
+        process.kill()
+    state = state_of(folder)
+    assert (state["epoch"], state["step"]) >= (before["epoch"], before["step"])
+    assert [record["epoch"] for record in records_of(folder)] == list(range(1, state["epoch"] + 1))
+
+
+def test_a_run_whose_terminal_does_not_count_goes_on(tiny_data, tmp_path):
+    """`nohup python main.py`: SIGHUP is ignored before it starts."""
+    ignored = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
+    process = start_run(tmp_path / "run", tiny_data, 6, **ignored)
+    try:
+        process.send_signal(signal.SIGHUP)
+        process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert result_of(tmp_path / "run")["epochs"] == 6
 
 
 @pytest.mark.parametrize(("function", "count", "presses"), [("load_pair", 1, 1), ("step", 2, 2)])

@@ -1,6 +1,7 @@
 """What every script does alike: one clear line for a user's mistake, and the exit codes.
 
-Exit codes: 0 done, 1 failed (one line on stderr), 2 usage (argparse), 130 interrupted.
+Exit codes: 0 done, 1 failed (one line on stderr), 2 usage (argparse), 130 interrupted by Ctrl-C, 143 by SIGTERM, 129 by
+SIGHUP.
 """
 
 import argparse
@@ -20,8 +21,16 @@ class UserError(Exception):
     """A mistake or a fault that the user can fix: one line that says what is wrong and how to fix it."""
 
 
+INTERRUPTED = 128 + signal.SIGINT  # exit code, as shells give it
+HANG_UP = getattr(signal, "SIGHUP", None)  # not on Windows
+
+
 class Interrupted(Exception):
-    """Ctrl-C, after everything worth keeping was written; the message says where."""
+    """Ctrl-C or another request to stop, after everything worth keeping was written; the message says where."""
+
+    def __init__(self, message: str, exit_code: int = INTERRUPTED):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def script_parser(description: str, epilog: str) -> argparse.ArgumentParser:
@@ -59,23 +68,32 @@ say_once = functools.cache(say)
 
 
 class StopRequest:
-    """Whether somebody has asked the process to stop."""
+    """Whether somebody has asked the process to stop, and with which exit code it then ends."""
 
     made = False
+    exit_code = INTERRUPTED
 
 
 @contextlib.contextmanager
-def stop_on_ctrl_c() -> Iterator[StopRequest]:
-    """Turn the first Ctrl-C into a request to stop; a second one ends at once."""
-    request = StopRequest()
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Turn the first Ctrl-C, SIGTERM or SIGHUP into a request to stop; a second one ends at once.
+
+    Schedulers send SIGTERM before they kill. A terminal that goes away sends SIGHUP; it is written to no more.
+    """
+    request, terminals = StopRequest(), [file.fileno() for file in (sys.stdout, sys.stderr) if file.isatty()]
 
     def note(number: int, frame: FrameType | None) -> None:
         request.made = True
-        signal.signal(number, signal.default_int_handler)
+        if not started_by_torchrun():  # which passes Ctrl-C on to its processes as SIGTERM
+            request.exit_code = 128 + number
+        if number == HANG_UP:
+            for terminal in terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
-    # torchrun passes Ctrl-C on to its processes as SIGTERM.
-    signals = (signal.SIGINT, signal.SIGTERM) if started_by_torchrun() else (signal.SIGINT,)
-    previous = {number: signal.signal(number, note) for number in signals}
+    signals = [number for number in (signal.SIGINT, signal.SIGTERM, HANG_UP) if number is not None]
+    heeded = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]  # as by nohup
+    previous = {number: signal.signal(number, note) for number in heeded}
     try:
         yield request
     finally:
@@ -102,11 +120,11 @@ def run_script(main: Callable[[], None]) -> None:
             _discard_output()
             raise SystemExit(1) from None
         interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
+        code = getattr(error, "exit_code", INTERRUPTED) if interrupted else 1
         text = " ".join(str(error).split()) or "interrupted"
-        if interrupted and not is_first_process():
-            raise SystemExit(130) from None
-        print(text if interrupted else f"error: {text}", file=sys.stderr)
-        raise SystemExit(130 if interrupted else 1) from None
+        if is_first_process() or not interrupted:
+            print(text if interrupted else f"error: {text}", file=sys.stderr)
+        raise SystemExit(code) from None
 
 
 def _discard_output() -> None:
