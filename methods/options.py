@@ -17,6 +17,7 @@ from methods.networks import NETWORKS, build_network, input_shape
 from methods.recipes import RECIPES, Config, ModernConfig, all_settings, from_dict, recipe_config
 from methods.run import read_state
 from utils import machine
+from utils.checkpoint import PREVIOUS
 from utils.cli import UserError, script_parser
 from utils.distributed import Processes
 
@@ -211,7 +212,7 @@ def run_folder(args: argparse.Namespace, config: Config) -> Path:
     source, target = (Path(name).resolve().name for name in (config.source, config.target))
     name = f"{source}-{target}-{config.recipe}-{config.method}-seed{config.seed}-{stamp}"
     folder = args.run_dir or Path("runs") / name
-    if (folder / "last.pt").exists() or (folder / "result.json").exists():
+    if any((folder / name).exists() for name in ("last.pt", PREVIOUS, "result.json")):
         raise UserError(f"{folder} holds a run already: go on with `--resume {folder}`, or choose another --run-dir")
     return folder
 

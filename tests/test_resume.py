@@ -14,6 +14,7 @@ import sys
 import termios
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,7 +36,8 @@ import main
 from methods.options import parse_arguments, resume_command
 from methods.run import Run
 from utils import machine
-from utils.cli import Interrupted, run_script
+from utils.checkpoint import save_checkpoint
+from utils.cli import Interrupted, UserError, run_script
 from utils.distributed import ALONE
 
 pytestmark = pytest.mark.usefixtures("no_fetch")
@@ -295,6 +297,41 @@ def test_a_file_that_is_no_checkpoint_of_this_version_is_refused(fail, stopped_r
     torch.save(state, file)
     assert "a_setting_of_tomorrow" in fail(main, "--resume", tmp_path, "--data-dir", tiny_data)
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize("damage", ["cut short", "a bit is wrong", "something else", "gone"])
+def test_a_damaged_checkpoint_costs_only_what_came_after_the_one_before(half_run, tiny_data, capsys, tmp_path, damage):
+    """The run ends with the same bits all the same."""
+    other = shutil.copytree(half_run, tmp_path / "other")
+    go_on(other, tiny_data)
+    last = half_run / "last.pt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    changed = {"cut short": content[:-900], "a bit is wrong": content, "something else": b"nothing"}
+    if damage == "gone":
+        last.unlink()
+    else:
+        last.write_bytes(changed[damage])
+    capsys.readouterr()
+    go_on(half_run, tiny_data)
+    said = capsys.readouterr().err
+    assert f"{last} is {'missing' if damage == 'gone' else 'damaged'}: going on from {half_run / 'previous.pt'}" in said
+    ended, expected = weights_of(half_run), weights_of(other)
+    assert all(torch.equal(ended[name], expected[name]) for name in expected)
+    assert [record["epoch"] for record in records_of(half_run)] == [1, 2, 3][: len(records_of(other))]
+
+
+def test_a_checkpoint_that_was_not_written_well_takes_no_place(monkeypatch, half_run):
+    """As on a disk that loses bytes: what is there stays, and the run ends in one line."""
+    before = {path: path.read_bytes() for path in half_run.glob("*.pt")}
+    assert {path.name for path in before} == {"last.pt", "previous.pt"}
+    monkeypatch.setattr(torch, "save", lambda state, file: Path(file).write_bytes(before[half_run / "last.pt"][:-900]))
+    with pytest.raises(UserError, match="not a checkpoint"):
+        save_checkpoint(half_run / "last.pt", {})
+    assert {
+        path: path.read_bytes() for path in half_run.iterdir() if path.suffix != ".json" and path in before
+    } == before
+    assert not list(half_run.glob(".*tmp"))
 
 
 def start_run(folder, tiny_data, epochs=50, **options) -> subprocess.Popen:

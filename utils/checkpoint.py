@@ -1,7 +1,9 @@
 """Checkpoints to go on from, and weights to keep."""
 
 import json
+import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +12,54 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from utils.cli import UserError
+from utils.cli import UserError, say
 from utils.files import write_atomically
+
+PREVIOUS = "previous.pt"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write the state of a run: plain dicts, tensors and numbers alone."""
-    write_atomically(path, lambda file: torch.save(state, file))
+    """Write the state of a run: plain dicts, tensors and numbers alone.
+
+    The one before stays beside it as previous.pt; it makes room when the new one has been read back without an error.
+    """
+
+    def write(file: Path) -> None:
+        torch.save(state, file)
+        _load_torch(file)
+        if path.exists():
+            os.replace(path, path.with_name(PREVIOUS))
+
+    write_atomically(path, write)
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read what `save_checkpoint` wrote; raises UserError when it isn't there or something else."""
-    if not path.is_file():
+    """Read what `save_checkpoint` wrote; where that is damaged or gone, what it wrote before, with a line that says so.
+
+    Raises: UserError when neither is there, or both are something else.
+    """
+    previous = path.with_name(PREVIOUS)
+    if not path.is_file() and not previous.is_file():
         raise UserError(
             f"{path.parent} is no run that can be resumed: {path} is missing; start one with `python main.py`"
         )
-    return _load_torch(path)
+    try:
+        return _load_torch(path)
+    except UserError:
+        if not previous.is_file():
+            raise
+    state = _load_torch(previous)
+    fault = "damaged" if path.is_file() else "missing"
+    say(f"{path} is {fault}: going on from {previous}, which was written before")
+    return state
 
 
 def _load_torch(path: Path) -> dict:
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch itself would not look at its checksums
+                if damaged := archive.testzip():
+                    raise ValueError(f"its part {damaged} has the wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch raise a dozen kinds for bytes that are no checkpoint
         unsafe = isinstance(error, pickle.UnpicklingError) and "eights only" in str(error)
