@@ -223,9 +223,16 @@ def pick(images: Tensor, index: Tensor) -> Tensor:
     return images[index.to(images.device)].to(index.device)
 
 
-def limit(digits: DigitSet, count: int) -> DigitSet:
-    """The first `count` images, for dry runs."""
-    return replace(digits, images=digits.images[:count], labels=digits.labels[:count])
+def spread_index(digits: DigitSet, count: int) -> Tensor:
+    """Numbers of `count` images at equal distances over a set, or of all where it has fewer. Shape: -> (count,)"""
+    count = min(count, len(digits))
+    return torch.arange(count) * len(digits) // max(count, 1)
+
+
+def spread_over(digits: DigitSet, count: int) -> DigitSet:
+    """The images that `spread_index` numbers."""
+    index = spread_index(digits, count)
+    return replace(digits, images=digits.images[index], labels=digits.labels[index])
 
 
 def relabelled(digits: DigitSet, classes: tuple[str, ...], drop: bool = False) -> DigitSet:

@@ -4,7 +4,7 @@
     python main.py --epochs 4                           # the same in a sixth of the time, for a first look
     python main.py --recipe quick                       # synth -> optdigits, needs no download, a minute on two cores
 
-Writes a run folder: config.json, metrics.jsonl, result.json, last.pt, model.safetensors, tensorboard/.
+Writes a run folder: config.json, metrics.jsonl, result.json, last.pt, previous.pt, model.safetensors, tensorboard/.
 """
 
 from pathlib import Path

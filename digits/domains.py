@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from data_loader import CLASS_NAMES, UNLABELLED, DigitSet, Preprocessing, limit, relabelled
+from data_loader import CLASS_NAMES, UNLABELLED, DigitSet, Preprocessing, relabelled, spread_over
 from digits.contract import checked
 from digits.files import LICENCES, data_files, fetch
 from digits.folders import load_folder
@@ -53,7 +53,6 @@ _ROWS = (
     Domain("synth", "synth", SYNTH_IMAGES["train"], SYNTH_IMAGES["test"], "MIT, rendered here", read_synth),
     Domain("optdigits", "optdigits", OPTDIGITS_TRAIN, 500, "CC BY 4.0 (UCI)", read_optdigits),
 )
-COLOUR_32 = Preprocessing(32)  # the form of folders' pictures that most networks take
 COLOUR_32 = Preprocessing(32)  # the form of folders' pictures that most networks take
 DOMAINS: dict[str, Domain] = {row.name: row for row in _ROWS}
 
@@ -214,7 +213,7 @@ def load_pair(
     }
     checksums = {f"{digits.domain}/{file}": md5 for digits in sets.values() for file, md5 in digits.checksums.items()}
     if most:
-        sets = {key: limit(digits, most) for key, digits in sets.items()}
+        sets = {key: spread_over(digits, most) for key, digits in sets.items()}
     labelled = sets[target if target_only else source, "train"]
     if (labelled.labels == UNLABELLED).any():
         raise UserError(

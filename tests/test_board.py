@@ -14,12 +14,12 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import main
-from data_loader import DigitSet, Preprocessing
+from data_loader import DigitSet, Preprocessing, spread_over
 from digits.domains import load_domain
 from methods.classifier import Classifier, load_classifier
 from methods.networks import build_network
 from methods.run import Run
-from watch.board import Board, principal_components, spread_over
+from watch.board import Board, principal_components
 from watch.features import proxy_a_distance
 from watch.log import RunLog
 from watch.plots import confusion_figure, histograms_figure, misclassified_figure

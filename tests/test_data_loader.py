@@ -12,7 +12,7 @@ from sklearn.decomposition import PCA
 from small_run import SmallRun, random_digits
 
 import main
-from data_loader import DigitSet, PairedLoader, Preprocessing, limit, mean_pixel, principal_grey, seed_of
+from data_loader import DigitSet, PairedLoader, Preprocessing, mean_pixel, principal_grey, seed_of, spread_over
 from digits.augmentation import View, same_views
 from digits.domains import DOMAINS
 from digits.readers import Reading
@@ -73,9 +73,11 @@ def test_seed_of_tells_its_parts_and_their_number_apart():
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_limit_keeps_the_first_images_with_their_labels():
-    digits = limit(numbered(30), 4)
-    assert digits.images[:, 0, 0, 0].tolist() == digits.labels.tolist() == [0, 1, 2, 3]
+def test_images_spread_over_a_set_keep_their_labels():
+    digits = spread_over(numbered(30), 4)
+    assert digits.images[:, 0, 0, 0].tolist() == [0, 7, 15, 22]
+    assert digits.labels.tolist() == [0, 7, 5, 2]
+    assert len(spread_over(numbered(3), 4)) == 3
 
 
 class Shows:

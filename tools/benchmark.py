@@ -24,7 +24,7 @@ from typing import IO
 import torch
 from torch import Tensor, nn
 
-from data_loader import DigitSet, PairedLoader, limit
+from data_loader import DigitSet, PairedLoader, spread_over
 from digits.domains import Pair
 from main import make_objective, set_up, step
 from methods.recipes import RECIPES, Config, recipe_config
@@ -171,7 +171,7 @@ def recipe_jobs(config: Config, source: DigitSet, target: DigitSet, device: torc
     objective = make_objective(run, config, loader.labels_s)
     if compiled:
         objective.compile()
-    images = limit(source, 2000)
+    images = spread_over(source, 2000)
 
     def inference(steps: int) -> float:
         for _ in range(steps):

@@ -5,7 +5,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from data_loader import PairedLoader, Preprocessing, limit
+from data_loader import PairedLoader, Preprocessing, spread_over
 from digits.augmentation import same_views
 from tools.figure_data import Domains, Network
 from watch.plots import COLUMNS, Row, as_pictures, gallery
@@ -14,7 +14,7 @@ from watch.plots import COLUMNS, Row, as_pictures, gallery
 def samples_figure(network: Network, domains: Domains) -> Figure:
     """Images of both domains as they are, and below each what the network gets of it in a training step."""
     settings = network.settings
-    source, target = limit(domains.source_train, 1000), limit(domains.target_train, 1000)
+    source, target = spread_over(domains.source_train, 1000), spread_over(domains.target_train, 1000)
     count = min(COLUMNS, len(source), len(target))
 
     def batch(prepare: Preprocessing, augmentation: str) -> tuple[Tensor, Tensor, Tensor]:

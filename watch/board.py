@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from data_loader import UNLABELLED, DigitSet
+from data_loader import UNLABELLED, spread_index, spread_over
 from digits.domains import Pair
 from methods.classifier import Classifier, Evaluation
 from methods.recipes import Config, all_settings
@@ -118,18 +118,6 @@ class Board:
         size = self.classifier.preprocess.image_size
         figure, _ = misclassified_figure(predictions, spread_over(target, LOOKED_AT), size)
         self.log.figure("target/misclassified", step, figure)
-
-
-def spread_index(digits: DigitSet, count: int) -> Tensor:
-    """Numbers of `count` images at equal distances over a set, or of all where it has fewer. Shape: -> (count,)"""
-    count = min(count, len(digits))
-    return torch.arange(count) * len(digits) // max(count, 1)
-
-
-def spread_over(digits: DigitSet, count: int) -> DigitSet:
-    """The images that `spread_index` numbers."""
-    index = spread_index(digits, count)
-    return dataclasses.replace(digits, images=digits.images[index], labels=digits.labels[index])
 
 
 def principal_components(features: Tensor) -> Tensor:
