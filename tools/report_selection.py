@@ -20,11 +20,15 @@ KEPT = ("source", "target", "source_mark", "target_mark", "method", "recipe", "s
 
 
 def curves_of(run: Path, result: Record) -> Record | None:
-    """A run's signals and its target accuracy after each epoch; None where it did not log them all."""
+    """A run's signals and its target accuracy after each epoch; None where it did not log them all, or had labels."""
     metrics = run / "metrics.jsonl"
     epochs = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
     names = (*CHOOSERS, "target_accuracy")
-    if not epochs or any(epoch.get(name) is None for epoch in epochs for name in names):
+    if (
+        result["method"] == "target-only"
+        or not epochs
+        or any(epoch.get(name) is None for epoch in epochs for name in names)
+    ):
         return None
     curves = {name: [round(epoch[name], 5) for epoch in epochs] for name in names}
     return {"kind": "epochs", **{key: result.get(key) for key in KEPT}, **curves}
