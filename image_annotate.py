@@ -50,13 +50,13 @@ def as_document(lines: list[list[Digit]]) -> dict:
 
 
 def print_digits(lines: list[list[Digit]]) -> None:
-    """One line a digit in reading order, then the number in each line."""
+    """One line a digit in reading order, then the number in each line of digits."""
     if not lines:
         print("  no digit found")
     for digit in itertools.chain(*lines):
         x0, y0, x1, y1 = digit.box
         print(f"  {digit.name}  {digit.confidence:6.1%}  at {x0},{y0} – {x1},{y1}")
-    for number in as_numbers([[digit for digit in line if digit.name in CLASS_NAMES] for line in lines]):
+    for number in filter(str.isdecimal, as_numbers(lines)):  # other classes make no number
         print(f"  number {number}")
 
 

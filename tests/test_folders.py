@@ -109,6 +109,9 @@ def test_two_folders_in_and_an_adapted_network_out(monkeypatch, capsys, tmp_path
     (found,) = document["digits"]
     assert found["class"] in classes
     assert found["box"] == [0, 0, *Image.open(picture).size]
+    run(image_annotate, "-f", picture, "--weights", "runs/whole", "--device", "cpu", "--output-dir", "out")
+    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [[str(picture)], found["class"].split()]
     assert Image.open("out/5-annotated.png").size >= Image.open(picture).size
 
 
