@@ -216,12 +216,16 @@ def main() -> None:
         folder = processes.from_first(run_folder(args, config))
         dry_run = state["dry_run"] if state else args.dry_run
         most = DRY_RUN_IMAGES if dry_run else None
-        names = (config.source, config.target, config.method == "target-only")
-        form, common, download = preprocessing_for(config), args.common_classes, args.download
-        pair = processes.first_alone(lambda: load_pair(*names, args.data_dir, download, most, form, common))
+        target_only, form = config.method == "target-only", preprocessing_for(config)
+        pair = processes.first_alone(
+            lambda: load_pair(
+                config.source, config.target, target_only, args.data_dir, args.download, most, form, args.common_classes
+            )
+        )
         make_folder(folder)
-        more = (args.compile, device, processes, args.pretrained, download)
-        run, loader, classifier = set_up(config, pair, folder, dry_run, *more)
+        run, loader, classifier = set_up(
+            config, pair, folder, dry_run, args.compile, device, processes, args.pretrained, args.download
+        )
         if state:
             run.load(state, device, processes)
         elif processes.writes:

@@ -30,9 +30,14 @@ class Digit:
     box: Box
 
 
+def takes_any_picture(classifier: Classifier) -> bool:
+    """Whether a network was trained on folders of pictures, and classifies each as a whole."""
+    return classifier.target not in DOMAINS
+
+
 def is_single(picture: Image.Image, classifier: Classifier) -> bool:
-    """Whether a picture is one image of the network's domains: a small one, or any for a network trained on folders."""
-    return max(picture.size) <= SINGLE_SIDE or classifier.target not in DOMAINS
+    """Whether a picture is one image of the network's domains."""
+    return max(picture.size) <= SINGLE_SIDE or takes_any_picture(classifier)
 
 
 def whole(picture: Image.Image, classifier: Classifier) -> Tensor:
@@ -42,7 +47,7 @@ def whole(picture: Image.Image, classifier: Classifier) -> Tensor:
     else. For a network trained on folders it stays as it is.
     """
     pixels = np.array(picture)
-    if classifier.target not in DOMAINS:
+    if takes_any_picture(classifier):
         return torch.from_numpy(pixels).permute(2, 0, 1)[None]
     border = np.concatenate((pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
     ground = np.median(border, axis=0)
@@ -74,7 +79,7 @@ def classify(
     """
     single = is_single(picture, classifier)
     if single:
-        blank = np.ptp(np.asarray(picture.convert("L"))) < FAINTEST and classifier.target in DOMAINS
+        blank = not takes_any_picture(classifier) and np.ptp(np.asarray(picture.convert("L"))) < FAINTEST
         boxes: list[Box] = [] if blank else [(0, 0, *picture.size)]
         images = [whole(picture, classifier) for _ in boxes]
     else:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data_loader import UNLABELLED, DigitSet, Preprocessing
 from utils.cli import UserError, listed, say_once
-from utils.files import make_folder, write_json
+from utils.files import make_folder, write_atomically, write_json
 from utils.pictures import NEEDS_HEIF, is_unknown_heif, open_picture, without_warnings
 
 HELD_OUT = 5  # of so many pictures of a class one is for testing, where the folder has no split
@@ -137,7 +137,9 @@ def _decoded(
     shape = (1 if form.grey else 3, form.image_size, form.image_size)
     where = hashlib.sha256(f"{folder.resolve()} {split} {shape}".encode()).hexdigest()[:12]
     kept = data_dir / "folders" / f"{folder.resolve().name}-{split}-{where}.bin"
-    listing = [[str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    listing = [
+        [str(path.relative_to(folder)), about.st_size, about.st_mtime_ns] for path in paths for about in [path.stat()]
+    ]
     digest = hashlib.sha256(json.dumps([VERSION, listing]).encode()).hexdigest()
     about = _about(kept, digest)
     if about is None and paths:
@@ -145,10 +147,10 @@ def _decoded(
         write_json(kept.with_suffix(".json"), about)
     if about is None:
         return torch.empty((0, *shape), dtype=torch.uint8), [], hashlib.md5().hexdigest()
-    if about["broken"]:
-        broken = [paths[i] for i in about["broken"]]
-        say_once(f"{folder}: left out {_counted(broken, folder)} that can't be opened")
-    good = [i for i in range(len(paths)) if i not in set(about["broken"])]
+    broken = set(about["broken"])
+    if broken:
+        say_once(f"{folder}: left out {_counted([paths[i] for i in sorted(broken)], folder)} that can't be opened")
+    good = [i for i in range(len(paths)) if i not in broken]
     images = np.memmap(kept, np.uint8, "c", shape=(len(good), *shape))
     return torch.from_numpy(images), good, about["md5"]
 
@@ -165,26 +167,21 @@ def _about(kept: Path, digest: str) -> dict | None:
 def _decode(folder: Path, paths: list[Path], kept: Path, form: Preprocessing) -> dict:
     """Decode pictures in parallel into a file, one after the other; which are broken, and what the file holds."""
     make_folder(kept.parent)
-    part, value, broken, size = kept.with_suffix(f".{os.getpid()}.part"), hashlib.md5(), [], 0
-    try:
+    value, broken = hashlib.md5(), []
+
+    def write(part: Path) -> None:
         with part.open("wb") as file, without_warnings():
             for i, image in enumerate(tqdm(_opened(paths, form), str(folder), len(paths), leave=False, disable=None)):
                 if image is None:
                     broken.append(i)
-                    continue
-                size += file.write(image)
-                value.update(image)
-        if not size:
+                else:
+                    file.write(image)
+                    value.update(image)
+        if len(broken) == len(paths):
             raise UserError(f"none of the {len(paths):,} pictures of {folder} can be opened: save them as PNG or JPEG")
-        os.replace(part, kept)
-    except OSError as error:
-        raise UserError(
-            f"cannot keep the decoded pictures of {folder} in {kept.parent} ({error.strerror}): "
-            "free some space, or choose another --data-dir"
-        ) from None
-    finally:
-        part.unlink(missing_ok=True)
-    return {"broken": broken, "bytes": size, "md5": value.hexdigest()}
+
+    write_atomically(kept, write)
+    return {"broken": broken, "bytes": kept.stat().st_size, "md5": value.hexdigest()}
 
 
 def _opened(paths: list[Path], form: Preprocessing) -> Iterator[bytes | None]:

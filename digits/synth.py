@@ -22,6 +22,7 @@ import math
 import multiprocessing
 import os
 import signal
+import string
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -73,8 +74,8 @@ class Alphabet:
         return [first + letter for letter in range(len(self.classes)) for first in LETTERS_OF[zero]]
 
 
-DIGITS = Alphabet(tuple("0123456789"), 1)
-LETTERS = Alphabet(tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"), 2)
+DIGITS = Alphabet(tuple(string.digits), 1)
+LETTERS = Alphabet(tuple(string.ascii_uppercase), 2)
 
 
 @functools.cache

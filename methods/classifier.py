@@ -91,6 +91,17 @@ class Classifier:
         """What the extractor makes of images. Shape: (N, C, H, W) uint8 -> (N, F) float32 on the device"""
         return self.outputs(self.model.extractor, images, domain)
 
+    @torch.inference_mode()
+    def predict(self, features: Tensor) -> Tensor:
+        """Class probabilities of what `features` returned. Shape: (N, F) -> (N, K) float32 on the CPU"""
+        head = self.model.classifier
+        was_training = head.training
+        head.eval()
+        with machine.autocast(self.device, self.precision):
+            logits = head(features).float()
+        head.train(was_training)
+        return logits.softmax(1).cpu()
+
     def probabilities(self, images: Tensor, domain: str = "target") -> Tensor:
         """Class probabilities. Shape: (N, C, H, W) uint8 -> (N, K) float32 on the CPU"""
         return self.outputs(self.model, images, domain).softmax(1).cpu()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from tools.tables import METHOD_NAMES, Record, accuracy, escape, markdown, read_records
+from tools.tables import METHOD_NAMES, Record, deviation, escape, markdown, read_records
 
 FILE = "selection.jsonl"
 CHOOSERS = {  # signal -> its name in the table, and whether more of it is better
@@ -66,7 +66,7 @@ def selection_report(path: Path) -> str:
             "Pair": escape(f"{source} → {target}"),
             "Method": f"{METHOD_NAMES[method]}, recipe {recipe}, {precision}, {epochs} epochs",
             "Runs": str(len(runs)),
-            **{name: accuracy(cells[name]).partition(" (")[0] for name in cells},
+            **{name: deviation(cells[name]) for name in cells},
         })  # fmt: skip
     return (
         f"{markdown(rows)}\n\nTarget test accuracy, %, of the epoch that is chosen: mean ± sample standard deviation. "

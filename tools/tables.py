@@ -48,13 +48,15 @@ def flags_of(command: str) -> list[str]:
     return re.findall(r"--[\w-]+(?:[ =](?!--)(?:'[^']*'|[^\s'])+)*", command)
 
 
+def deviation(percents: pd.Series) -> str:
+    """Mean ± sample standard deviation of the runs' accuracies."""
+    # No-break spaces: a narrow page would otherwise split the number.
+    return f"{percents.mean():.2f}" + (f"\u00a0±\u00a0{percents.std():.2f}" if len(percents) > 1 else "")
+
+
 def accuracy(percents: pd.Series) -> str:
     """Mean ± sample standard deviation of the runs' accuracies, and how many they are."""
-    if percents.empty:
-        return "not run"
-    # No-break spaces: a narrow page would otherwise split the number.
-    deviation = f"\u00a0±\u00a0{percents.std():.2f}" if len(percents) > 1 else ""
-    return f"{percents.mean():.2f}{deviation} (n\u00a0=\u00a0{len(percents)})"
+    return "not run" if percents.empty else f"{deviation(percents)} (n\u00a0=\u00a0{len(percents)})"
 
 
 def gain(runs: pd.DataFrame, others: pd.DataFrame) -> str:

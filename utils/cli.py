@@ -87,8 +87,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         if not started_by_torchrun():  # which passes Ctrl-C on to its processes as SIGTERM
             request.exit_code = 128 + number
         if number == HANG_UP:
-            for terminal in terminals:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
+            _discard_output(*terminals)
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     signals = [number for number in (signal.SIGINT, signal.SIGTERM, HANG_UP) if number is not None]
@@ -113,11 +112,11 @@ def run_script(main: Callable[[], None]) -> None:
         except OSError as error:
             if error.errno not in NO_SPACE:
                 raise
-            _discard_output()
+            _discard_output(sys.stdout.fileno())
             raise UserError(f"{error.strerror}: free some and run it again") from None
     except (UserError, Interrupted, KeyboardInterrupt, BrokenPipeError) as error:
         if isinstance(error, BrokenPipeError):  # `... | head` closed the pipe: nobody reads on
-            _discard_output()
+            _discard_output(sys.stdout.fileno())
             raise SystemExit(1) from None
         interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
         code = getattr(error, "exit_code", INTERRUPTED) if interrupted else 1
@@ -127,6 +126,7 @@ def run_script(main: Callable[[], None]) -> None:
         raise SystemExit(code) from None
 
 
-def _discard_output() -> None:
-    """Let what is still to be printed go nowhere, so that closing stdout can't fail once more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _discard_output(*files: int) -> None:
+    """Let what is still to be printed go nowhere, so that closing these files can't fail once more."""
+    for file in files:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file)

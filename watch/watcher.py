@@ -149,8 +149,9 @@ class Watcher:
         """How adaptation fares, by unlabelled target training images, SIGNAL_IMAGES spread over the set."""
         images = self.loader.images_t  # resized already
         images = images[:: max(1, len(images) // SIGNAL_IMAGES)]
-        probabilities, features = self.classifier.probabilities(images), self.classifier.features(images).cpu()
-        agreement = class_ami(features, probabilities.argmax(1), probabilities.shape[1])
+        features = self.classifier.features(images)
+        probabilities = self.classifier.predict(features)
+        agreement = class_ami(features.cpu(), probabilities.argmax(1), probabilities.shape[1])
         return prediction_signals(probabilities) | {"class_ami": agreement}
 
 
