@@ -1,6 +1,8 @@
 """A network ready for use: its weights, and what has to be done to images before it sees them."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +71,15 @@ class Classifier:
     training: dict[str, Any] = field(default_factory=dict)
     path: Path = Path()
 
-    @torch.inference_mode()
+    @contextlib.contextmanager
+    def _testing(self, part: nn.Module) -> Iterator[None]:
+        """The network or a part of it in eval mode, without gradients, at its precision."""
+        was_training = part.training
+        part.eval()
+        with torch.inference_mode(), machine.autocast(self.device, self.precision):
+            yield
+        part.train(was_training)
+
     def outputs(self, part: nn.Module, images: Tensor, domain: str) -> Tensor:
         """What the network, or a part of it that takes images, makes of them, in eval mode.
 
@@ -78,29 +88,18 @@ class Classifier:
 
         Shape: (N, C, H, W) uint8 -> (N, F) float32 on the device
         """
-        was_training = part.training
-        part.eval()
-        results = []
-        for batch in images.split(BATCH):
-            with machine.autocast(self.device, self.precision):
-                results.append(part(self.preprocess(batch.to(self.device)), domain).float())
-        part.train(was_training)
-        return torch.cat(results)
+        with self._testing(part):
+            batches = images.split(BATCH)
+            return torch.cat([part(self.preprocess(batch.to(self.device)), domain).float() for batch in batches])
 
     def features(self, images: Tensor, domain: str = "target") -> Tensor:
         """What the extractor makes of images. Shape: (N, C, H, W) uint8 -> (N, F) float32 on the device"""
         return self.outputs(self.model.extractor, images, domain)
 
-    @torch.inference_mode()
     def predict(self, features: Tensor) -> Tensor:
         """Class probabilities of what `features` returned. Shape: (N, F) -> (N, K) float32 on the CPU"""
-        head = self.model.classifier
-        was_training = head.training
-        head.eval()
-        with machine.autocast(self.device, self.precision):
-            logits = head(features).float()
-        head.train(was_training)
-        return logits.softmax(1).cpu()
+        with self._testing(self.model.classifier):
+            return self.model.classifier(features).float().softmax(1).cpu()
 
     def probabilities(self, images: Tensor, domain: str = "target") -> Tensor:
         """Class probabilities. Shape: (N, C, H, W) uint8 -> (N, K) float32 on the CPU"""
