@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 
 from PIL import Image, ImageShow
+from tqdm import tqdm
 
 from annotate.classify import MIN_CONFIDENCE, SINGLE_SIDE, Digit, classify, is_single
+from annotate.detector import detect, load_detector
 from annotate.draw import COLOURS, draw_digits, lay_out, side_by_side
-from annotate.find_digits import find_digits
 from annotate.pictures import output_for, pictures_named, save_picture, sheets_of
 from data_loader import CLASS_NAMES
 from methods.classifier import load_classifier
@@ -121,13 +122,14 @@ def main() -> None:
     machine.prepare(device)
     names = [args.weights] if args.compare is None else [args.weights, args.compare]
     classifiers = [load_classifier(name, device, args.download) for name in names]
+    detector = load_detector(device, args.download)
     make_folder(args.output_dir)
     documents = []
-    for sheet in sheets:
+    for sheet in tqdm(sheets, "annotating", leave=False, disable=None if len(sheets) > 1 else True):
         picture = open_picture(sheet.path, page=sheet.frame)
         single = all(is_single(picture, classifier) for classifier in classifiers)
-        candidates = [] if single else find_digits(picture)
-        classified = [classify(picture, candidates, classifier, args.min_confidence) for classifier in classifiers]
+        detections = [] if single else detect(picture, detector)
+        classified = [classify(picture, detections, classifier, args.min_confidence) for classifier in classifiers]
         pages = annotated(picture, classified)
         page = pages[0]
         if args.compare is not None:

@@ -1,37 +1,19 @@
 """Boxes around digits: how they lie to each other, and their reading order: line by line from the top."""
 
-import numpy as np
-
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, x1 and y1 beyond the last one
-
-
-def distance(a: Box, b: Box) -> float:
-    """Pixels between two boxes; 0 where they touch or overlap."""
-    across = max(0, max(a[0], b[0]) - min(a[2], b[2]))
-    down = max(0, max(a[1], b[1]) - min(a[3], b[3]))
-    return float(np.hypot(across, down))
-
-
-def union(a: Box, b: Box) -> Box:
-    """The smallest box around two."""
-    return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
-
-
-def contains(a: Box, b: Box) -> bool:
-    """Whether box `b` lies within `a`."""
-    return union(a, b) == a
-
-
-def share_within(a: Box, b: Box) -> float:
-    """The part of box `a` that lies within `b`, from 0 to 1."""
-    across = max(0, min(a[2], b[2]) - max(a[0], b[0]))
-    down = max(0, min(a[3], b[3]) - max(a[1], b[1]))
-    return across * down / ((a[2] - a[0]) * (a[3] - a[1]))
 
 
 def overlap(a: Box, b: Box) -> bool:
     """Whether two boxes share a pixel."""
     return min(a[2], b[2]) > max(a[0], b[0]) and min(a[3], b[3]) > max(a[1], b[1])
+
+
+def same_place(a: Box, b: Box) -> bool:
+    """Whether two boxes show the same thing: what they share is at least 0.3 of what they cover together."""
+    sides = (min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1]))
+    common = max(0, sides[0]) * max(0, sides[1])
+    areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (a, b)]
+    return common >= 0.3 * (sum(areas) - common) > 0
 
 
 def reading_order(boxes: list[Box]) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""The digits of a picture: candidates framed as the network's target domain frames its own, and classified."""
+"""The digits of a picture: what was found, shown to the network as its domains show theirs, and classified."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from annotate.boxes import Box, reading_order
-from annotate.find_digits import Candidate, frame
+from annotate.detector import Detection
 from digits.domains import DOMAINS
 from methods.classifier import Classifier
 
@@ -18,7 +18,6 @@ MIN_CONFIDENCE = 0.5
 # How the domains that show digits light on dark frame them: the share of the side that a digit takes, and where its
 # centre of mass stands (None: its box is in the middle). MNIST's own numbers, confirmed on its training digits.
 FRAMES = {"mnist": (20 / 28, 14.5 / 28), "usps": (1.0, None), "optdigits": (1.0, None)}
-ANY_FRAME = (0.75, None)  # of the domains of photographs, in any colours
 
 
 @dataclass(frozen=True)
@@ -61,39 +60,87 @@ def whole(picture: Image.Image, classifier: Classifier) -> Tensor:
     return torch.from_numpy(square).permute(2, 0, 1)[None].contiguous()
 
 
-def framed(candidate: Candidate, classifier: Classifier) -> Tensor:
-    """A digit that was found, light on dark, as the network's target domain frames it. Shape: -> (1, 3, S, S) uint8."""
-    square = frame(candidate.ink, *FRAMES.get(classifier.target, ANY_FRAME))
-    return torch.from_numpy(square)[None, None].expand(1, 3, -1, -1)
+def frame(ink: np.ndarray, fill: float, centre_of_mass: float | None) -> np.ndarray:
+    """A digit in a square, light on dark, as the images of a domain show it.
+
+    Args:
+        fill: share of the square's side that the digit's longer side takes.
+        centre_of_mass: where it stands, across and down, as a share of the side; None: the box stands in the middle.
+
+    Shape: (H, W) float32 in [0, 1] -> (S, S) uint8
+    """
+    height, width = ink.shape
+    side = max(2, round(max(height, width) / fill))
+    x, y, middle = width / 2, height / 2, side / 2
+    if centre_of_mass is not None and ink.any():
+        x = float(np.average(np.arange(width) + 0.5, weights=ink.sum(0)))
+        y = float(np.average(np.arange(height) + 0.5, weights=ink.sum(1)))
+        middle = side * centre_of_mass
+    left = min(max(0, round(middle - x)), side - width)
+    top = min(max(0, round(middle - y)), side - height)
+    square = np.zeros((side, side), np.uint8)
+    square[top : top + height, left : left + width] = (255 * ink).round().astype(np.uint8)
+    return square
+
+
+def cut_square(picture: Image.Image, box: Box) -> Image.Image:
+    """The square around a box, as SVHN's crops were cut; beyond the picture its edge goes on."""
+    x0, y0, x1, y1 = box
+    side = max(x1 - x0, y1 - y0)
+    left, top = (x0 + x1 - side) // 2, (y0 + y1 - side) // 2
+    rows, columns = (np.arange(start, start + side).clip(0, most - 1)
+                     for start, most in ((top, picture.height), (left, picture.width)))  # fmt: skip
+    return Image.fromarray(np.asarray(picture)[rows[:, None], columns])
+
+
+def ink_in(picture: Image.Image, box: Box) -> np.ndarray:
+    """How far each pixel of a box is from the ground, which most of its edge shows. Shape: -> (H, W) in [0, 1]"""
+    grey = np.asarray(picture.convert("L").crop(box), np.float32)
+    edge = np.concatenate((grey[0], grey[-1], grey[:, 0], grey[:, -1]))
+    away = np.abs(grey - np.median(edge))
+    return (away / max(1.0, np.percentile(away, 95))).clip(0, 1)
+
+
+def shown(picture: Image.Image, box: Box, classifier: Classifier) -> tuple[Tensor, str]:
+    """What the network sees of a digit, and as an image of which of its domains. Shape: -> (1, 3, S, S) uint8
+
+    A network that knows photographs sees a part of the picture. Another one sees the digit light on dark, framed as its
+    target frames its own.
+    """
+    for domain in ("source", "target"):
+        if getattr(classifier, domain) not in FRAMES:
+            return torch.from_numpy(np.array(cut_square(picture, box))).permute(2, 0, 1)[None], domain
+    square = frame(ink_in(picture, box), *FRAMES[classifier.target])
+    return torch.from_numpy(square)[None, None].expand(1, 3, -1, -1), "target"
 
 
 def classify(
-    picture: Image.Image, candidates: list[Candidate], classifier: Classifier, least: float | None
+    picture: Image.Image, detections: list[Detection], classifier: Classifier, least: float | None
 ) -> list[list[Digit]]:
-    """The digits of a picture, line by line.
+    """The digits of a picture, line by line; a confidence is the detector's times the network's.
 
     Args:
-        candidates: where there may be digits; a picture that is one digit needs none.
-        least: confidence below which a candidate is no digit. None is the default: a picture that is one digit is
+        detections: where there are digits; a picture that is one digit needs none.
+        least: confidence below which a detection is left out. None is the default: a picture that is one digit is
             classified in any case.
     """
     single = is_single(picture, classifier)
     if single:
         blank = not takes_any_picture(classifier) and np.ptp(np.asarray(picture.convert("L"))) < FAINTEST
-        boxes: list[Box] = [] if blank else [(0, 0, *picture.size)]
-        images = [whole(picture, classifier) for _ in boxes]
+        places: list[tuple[Box, float]] = [] if blank else [((0, 0, *picture.size), 1.0)]
+        images = [(whole(picture, classifier), "target") for _ in places]
     else:
-        boxes = [candidate.box for candidate in candidates]
-        images = [framed(candidate, classifier) for candidate in candidates]
-    if not boxes:
+        places = [(detection.box, detection.confidence) for detection in detections]
+        images = [shown(picture, box, classifier) for box, _ in places]
+    if not places:
         return []
-    resized = torch.cat([classifier.preprocess.resize(image) for image in images])
-    confidences, digits = classifier.probabilities(resized).max(1)
     if least is None:
         least = 0.0 if single else MIN_CONFIDENCE
+    resized = torch.cat([classifier.preprocess.resize(image) for image, _ in images])
+    shares, classes = classifier.probabilities(resized, images[0][1]).max(1)
     found = [
-        Digit(classifier.classes[digit], confidence, box)
-        for digit, confidence, box in zip(digits.tolist(), confidences.tolist(), boxes, strict=True)
-        if confidence >= least
+        Digit(classifier.classes[number], confidence * share, box)
+        for (box, confidence), share, number in zip(places, shares.tolist(), classes.tolist(), strict=True)
+        if confidence * share >= least
     ]
     return [[found[i] for i in line] for line in reading_order([digit.box for digit in found])]

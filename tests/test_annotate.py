@@ -11,14 +11,13 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from compose import compose, hits, overlap
 from conftest import run_as_process
 from PIL import Image, ImageDraw
 
 import image_annotate
-from annotate.classify import classify, framed, is_single
+from annotate.classify import classify, is_single, shown
+from annotate.detector import detect, load_detector
 from annotate.draw import draw_digits
-from annotate.find_digits import find_digits
 from annotate.pictures import mark_in
 from data_loader import CLASS_NAMES, Preprocessing
 from digits.domains import load_domain
@@ -26,6 +25,7 @@ from image_annotate import IMAGES
 from methods.classifier import load_classifier, usage
 from methods.networks import build_network
 from methods.recipes import Config
+from tools.compose import compose, hits, overlap
 from utils.checkpoint import save_weights
 from utils.cli import UserError
 from utils.pictures import open_picture
@@ -39,6 +39,11 @@ CPU = torch.device("cpu")
 def classifier():
     """The small network that ships with the code."""
     return load_classifier(SHIPPED, CPU, allow_download=False)
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return load_detector(CPU, allow_download=False)
 
 
 @pytest.fixture(scope="module")
@@ -136,16 +141,18 @@ def test_what_is_drawn_and_printed_is_the_same_every_time(annotate, documents, n
     assert [line.split()[1:] for line in rest[len(boxes) :]] == [[number] for number in document["lines"]]
 
 
-def test_one_preprocessing(classifier, note, tiny):
+def test_one_preprocessing(classifier, detector, note, tiny):
     """What the network sees comes out of the one preprocessing function, whose size and normalisation are its own."""
     seen = []
     hook = classifier.model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0]))
-    candidates = find_digits(open_picture(note))
+    found = detect(open_picture(note), detector)
     for path in (note, tiny):
-        classify(open_picture(path), candidates, classifier, 0)
+        classify(open_picture(path), found, classifier, 0)
     hook.remove()
     image = torch.from_numpy(255 - np.asarray(Image.open(tiny)))[None, None]
-    expected = [torch.cat([classifier.preprocess(framed(candidate, classifier)) for candidate in candidates])]
+    expected = [
+        torch.cat([classifier.preprocess(shown(open_picture(note), digit.box, classifier)[0]) for digit in found])
+    ]
     torch.testing.assert_close(seen, [*expected, classifier.preprocess(image)], atol=1e-4, rtol=0)
 
 
@@ -366,12 +373,12 @@ def test_no_file_is_written_over(annotate, tiny, note, tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.png")} == after
 
 
-def test_pictures_of_our_own(classifier):
+def test_pictures_of_our_own(classifier, detector):
     """Every digit in images/ is found; the printed ones, which the weights know best, are classified right."""
     found = {}
     for path in IMAGES.iterdir():
         picture = open_picture(path)
-        candidates = [] if is_single(picture, classifier) else find_digits(picture)
+        candidates = [] if is_single(picture, classifier) else detect(picture, detector)
         found[path.name] = image_annotate.as_numbers(classify(picture, candidates, classifier, 0))
         assert path.stat().st_size < 60_000
     assert [found.pop("plate.jpg"), found.pop("four.png")] == [["190"], ["4"]]
@@ -412,13 +419,13 @@ def test_single_mnist_digits_are_predicted_as_by_valid(real_data, mnist_classifi
     check_singles(mnist_classifier, images, images, differ=5)
 
 
-def test_composed_pictures_of_mnist_digits(real_data, mnist_classifier):
+def test_composed_pictures_of_mnist_digits(real_data, detector, mnist_classifier):
     """Two hundred pictures of test digits: found (boxes overlap by half of their union) and right, F1 >= 0.90."""
     test = load_domain("mnist", "test", real_data)
     right = found = true = 0
     for i in range(200):
         composed = compose(test.images[:, 0].numpy(), test.labels.numpy(), np.random.default_rng((0, i)))
-        lines = classify(composed.picture, find_digits(composed.picture), mnist_classifier, None)
+        lines = classify(composed.picture, detect(composed.picture, detector), mnist_classifier, None)
         digits = list(itertools.chain(*lines))
         pairs = hits([digit.box for digit in digits], composed.boxes)
         right += sum(int(digits[a].name) == composed.digits[b] for a, b in pairs)

@@ -12,7 +12,10 @@ PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
 
 
 def read_index() -> dict:
-    """pretrained/index.json: `default`, and under `weights` by name: file, sha256, url (null: ships with the code)."""
+    """pretrained/index.json: `default`, and under `weights` by name: file, sha256, url (null: ships with the code).
+
+    `detector` is such an entry, too.
+    """
     path = PRETRAINED / "index.json"
     try:
         index = json.loads(path.read_text())
@@ -50,6 +53,18 @@ def find_weights(name: str | None, allow_download: bool = True) -> Path:
     entry = index["weights"].get(name or index["default"])
     if entry is None:
         raise UserError(f"no weights at {name}: name a file or run folder, or one of {', '.join(index['weights'])}")
+    return _from_index(entry, allow_download)
+
+
+def find_detector(allow_download: bool = True) -> Path:
+    """The file of the detector's weights; raises UserError as `find_weights` does."""
+    entry = read_index().get("detector")
+    if entry is None:
+        raise UserError(f"{PRETRAINED / 'index.json'} names no detector: restore it with `git checkout {PRETRAINED}`")
+    return _from_index(entry, allow_download)
+
+
+def _from_index(entry: dict, allow_download: bool) -> Path:
     shipped = PRETRAINED / entry["file"]
     if shipped.is_file():
         if checksum(shipped, "sha256") != entry["sha256"].lower():

@@ -45,7 +45,7 @@ def compose(images: np.ndarray, labels: np.ndarray, rng: np.random.Generator) ->
             scale = np.clip(size * rng.uniform(0.87, 1.14), 24, 120) / max(digit.size)
             width, height = (max(2, round(side * scale)) for side in digit.size)
             top = y + int(rng.uniform(0, 0.2) * size)
-            pixels = np.asarray(digit.resize((width, height), Image.BICUBIC), np.float32) / 255
+            pixels = np.asarray(digit.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 255
             cover[top : top + height, x : x + width] = pixels
             boxes.append((x, top, x + width, top + height))
             x += width + max(4, int(rng.uniform(0.12, 0.7) * size))
@@ -64,7 +64,7 @@ def photograph(cover: np.ndarray, rng: np.random.Generator) -> Image.Image:
         paper, ink = ink, paper
     page = paper + cover[..., None] * (ink - paper)
     corners = Image.fromarray(rng.uniform(0.45, 1, (2, 2)).astype(np.float32))
-    light = np.asarray(corners.resize((width, height), Image.BILINEAR))[..., None]
+    light = np.asarray(corners.resize((width, height), Image.Resampling.BILINEAR))[..., None]
     blurred = Image.fromarray((255 * page * light).astype(np.uint8)).filter(ImageFilter.GaussianBlur(rng.uniform(0, 1)))
     noisy = np.asarray(blurred, np.float32) + rng.normal(0, rng.uniform(1, 10), (height, width, 3))
     file = io.BytesIO()
