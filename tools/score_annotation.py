@@ -117,7 +117,7 @@ def house_numbers(folder: Path, truth: Path) -> Iterator[tuple[Image.Image, Trut
 
 def made_of_crops(count: int, data_dir: Path, device: torch.device) -> Iterator[tuple[Image.Image, Truth]]:
     """Pictures with a house number each, made of crops and photographs that the detector has not seen."""
-    material = material_of(data_dir, "mnist", device, held_out=True)
+    material = material_of(data_dir, "own", device, held_out=True)
     for i in range(count):
         image, placed = make_picture(material, np.random.default_rng((1, i)))
         yield (

@@ -1,8 +1,8 @@
 """Train the detector of `image_annotate.py`: where digits stand in a picture, and what is none.
 
-It learns from house numbers that are put together of SVHN's labelled crops, from print, and from MNIST's digits, whose
-labels are those that a trained network predicts. Writes a run folder: config.json, metrics.jsonl, result.json, last.pt,
-previous.pt, detector.safetensors, tensorboard/.
+It learns from house numbers that are put together of SVHN's labelled crops, from print, and from the handwriting of
+MNIST and scikit-learn, whose labels are those that a trained network predicts. Writes a run folder: config.json,
+metrics.jsonl, result.json, last.pt, previous.pt, detector.safetensors, tensorboard/.
 """
 
 import argparse
@@ -30,6 +30,8 @@ from utils.files import make_folder, write_json
 from watch.log import RunLog
 
 HELD_OUT = 5000  # of SVHN's and MNIST's training digits each, the last: for thresholds and calibration
+SURE = 0.8  # least confidence of a predicted label; the other digits are not shown
+OFTEN = 8  # times that each of scikit-learn's 1,297 digits stands among MNIST's 55,000
 HARDEST = (4, 200)  # of the answers "none" that many count for each digit, and that many at least: the most mistaken
 LOG_EVERY_STEPS, SAVE_EVERY_STEPS = 50, 250
 
@@ -51,24 +53,36 @@ def material_of(data_dir: Path, labels: str, device: torch.device, held_out: boo
     """What scenes are made of, for training or held out of it.
 
     Args:
-        labels: of the handwriting, "mnist", or the weights of the network whose predictions are taken.
+        labels: of the handwriting, "own", or the weights of the network whose surest predictions are taken.
     """
     part = slice(-HELD_OUT, None) if held_out else slice(None, -HELD_OUT)
-    svhn, mnist = load_domain("svhn", "train", data_dir), load_domain("mnist", "train", data_dir)
+    svhn = load_domain("svhn", "train", data_dir)
     photographs = read_photographs(data_dir / "BSDS500")
     if not photographs:
         raise UserError(f"there are no photographs in {data_dir / 'BSDS500'}: put BSDS500's train/ and val/ there")
     photographs = photographs[-50:] if held_out else photographs[:-50]
-    crops, digits = svhn.images[part], mnist.images[part]
-    if labels == "mnist":
-        named = mnist.labels[part]
-    else:
-        named = load_classifier(None if labels == "default" else labels, device).probabilities(digits).argmax(1)
+    handwriting, named = handwriting_of(data_dir, labels, device, part)
+    crops = svhn.images[part]
     say(f"putting {len(crops):,} crops together again")
     found = numbers(crops, svhn.labels[part])
-    return Material(
-        crops.permute(0, 2, 3, 1).contiguous().numpy(), found, digits[:, 0].numpy(), named.numpy(), photographs
-    )
+    crops = crops.permute(0, 2, 3, 1).contiguous()
+    return Material(crops.numpy(), found, handwriting.numpy(), named.numpy(), photographs)
+
+
+def handwriting_of(data_dir: Path, labels: str, device: torch.device, part: slice) -> tuple[Tensor, Tensor]:
+    """A part of MNIST's training digits, and scikit-learn's enlarged, each of them several times; see `material_of`.
+
+    Shape: -> (N, 28, 28) uint8 light on black, (N,)
+    """
+    mnist, small = load_domain("mnist", "train", data_dir), load_domain("optdigits", "train", data_dir)
+    enlarged = F.interpolate(small.images.float(), mnist.images.shape[2:], mode="bicubic").clamp(0, 255).byte()
+    images = torch.cat((mnist.images[part], enlarged.repeat(OFTEN, 1, 1, 1)))
+    if labels == "own":
+        return images[:, 0], torch.cat((mnist.labels[part], small.labels.repeat(OFTEN)))
+    network = load_classifier(None if labels == "default" else labels, device)
+    shares, named = network.probabilities(images).max(1)
+    sure = shares >= SURE
+    return images[sure, 0], named[sure]
 
 
 def is_digit(classes: Tensor) -> Tensor:
@@ -167,18 +181,18 @@ def parse_arguments() -> argparse.Namespace:
     parser = script_parser(
         description=__doc__,
         epilog="examples:\n"
-        "  python -m tools.train_detector                          an hour and a half on a core with bf16\n"
+        "  python -m tools.train_detector                          an hour on two cores with bf16\n"
         "  python -m tools.train_detector --resume runs/detector   go on after an interruption",
     )
     parser.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="(default: %(default)s)")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/detector"), metavar="DIR",
                         help="what is written (default: %(default)s)")  # fmt: skip
     parser.add_argument("--resume", type=Path, metavar="DIR", help="an interrupted run, which goes on as it was")
-    parser.add_argument("--steps", type=int, default=6000, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=9000, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
         "--labels", default="default", metavar="NAME",
-        help="of the handwriting: what a trained network predicts, weights as in valid.py, or mnist for its own "
+        help="of the handwriting: what a trained network predicts, weights as in valid.py, or `own` for true ones "
         "(default: the weights that valid.py tests)",
     )  # fmt: skip
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: all)")
