@@ -39,7 +39,10 @@ def even_out(images: Tensor) -> Tensor:
     x = images.float() / 255
 
     def around(values: Tensor) -> Tensor:
-        return F.avg_pool2d(values, NEIGHBOURHOOD, 1, NEIGHBOURHOOD // 2, count_include_pad=False)
+        for window in ((NEIGHBOURHOOD, 1), (1, NEIGHBOURHOOD)):  # one after the other: a fifteenth of the work
+            margins = (window[0] // 2, window[1] // 2)
+            values = F.avg_pool2d(values, window, 1, margins, count_include_pad=False)
+        return values
 
     grey = x.mean(1, keepdim=True)
     mean = around(grey)
