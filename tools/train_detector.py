@@ -188,7 +188,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--run-dir", type=Path, default=Path("runs/detector"), metavar="DIR",
                         help="what is written (default: %(default)s)")  # fmt: skip
     parser.add_argument("--resume", type=Path, metavar="DIR", help="an interrupted run, which goes on as it was")
-    parser.add_argument("--steps", type=int, default=9000, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=15000, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
         "--labels", default="default", metavar="NAME",
