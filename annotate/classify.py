@@ -101,46 +101,59 @@ def ink_in(picture: Image.Image, box: Box) -> np.ndarray:
     return (away / max(1.0, np.percentile(away, 95))).clip(0, 1)
 
 
-def shown(picture: Image.Image, box: Box, classifier: Classifier) -> tuple[Tensor, str]:
-    """What the network sees of a digit, and as an image of which of its domains. Shape: -> (1, 3, S, S) uint8
+def shown(picture: Image.Image, boxes: list[Box], classifier: Classifier) -> tuple[Tensor, str]:
+    """What the network sees of the digits in boxes, and as images of which of its domains.
 
-    A network that knows photographs sees a part of the picture. Another one sees the digit light on dark, framed as its
+    A network that knows photographs sees parts of the picture. Another one sees each digit light on dark, framed as its
     target frames its own.
+
+    Shape: -> (N, C, H, W) uint8, resized for the network
     """
     for domain in ("source", "target"):
         if getattr(classifier, domain) not in FRAMES:
-            return torch.from_numpy(np.array(cut_square(picture, box))).permute(2, 0, 1)[None], domain
-    square = frame(ink_in(picture, box), *FRAMES[classifier.target])
-    return torch.from_numpy(square)[None, None].expand(1, 3, -1, -1), "target"
+            squares = [np.array(cut_square(picture, box)) for box in boxes]
+            break
+    else:
+        domain, how = "target", FRAMES[classifier.target]
+        squares = [frame(ink_in(picture, box), *how)[..., None].repeat(3, 2) for box in boxes]
+    images = [torch.from_numpy(square).permute(2, 0, 1)[None] for square in squares]
+    return torch.cat([classifier.preprocess.resize(image) for image in images]), domain
 
 
 def classify(
     picture: Image.Image, detections: list[Detection], classifier: Classifier, least: float | None
 ) -> list[list[Digit]]:
-    """The digits of a picture, line by line; a confidence is the detector's times the network's.
+    """The digits of a picture, line by line.
+
+    The network classifies each. A confidence is how probable the detector holds a digit there, times how probable the
+    two hold its class, which is the mean of what each gives it.
 
     Args:
         detections: where there are digits; a picture that is one digit needs none.
-        least: confidence below which a detection is left out. None is the default: a picture that is one digit is
+        least: confidence below which a digit is left out. None is the default: a picture that is one digit is
             classified in any case.
     """
     single = is_single(picture, classifier)
     if single:
-        blank = not takes_any_picture(classifier) and np.ptp(np.asarray(picture.convert("L"))) < FAINTEST
-        places: list[tuple[Box, float]] = [] if blank else [((0, 0, *picture.size), 1.0)]
-        images = [(whole(picture, classifier), "target") for _ in places]
+        if not takes_any_picture(classifier) and np.ptp(np.asarray(picture.convert("L"))) < FAINTEST:
+            return []
+        images, domain = whole(picture, classifier), "target"
+        boxes: list[Box] = [(0, 0, *picture.size)]
     else:
-        places = [(detection.box, detection.confidence) for detection in detections]
-        images = [shown(picture, box, classifier) for box, _ in places]
-    if not places:
-        return []
+        if not detections:
+            return []
+        boxes = [detection.box for detection in detections]
+        images, domain = shown(picture, boxes, classifier)
+    confidences, classes = classifier.probabilities(images, domain).max(1)
+    if not single:
+        digits = torch.tensor([detection.probabilities for detection in detections])
+        there = digits.sum(1)
+        confidences = (there * confidences + digits[range(len(digits)), classes]) / 2
     if least is None:
         least = 0.0 if single else MIN_CONFIDENCE
-    resized = torch.cat([classifier.preprocess.resize(image) for image, _ in images])
-    shares, classes = classifier.probabilities(resized, images[0][1]).max(1)
     found = [
-        Digit(classifier.classes[number], confidence * share, box)
-        for (box, confidence), share, number in zip(places, shares.tolist(), classes.tolist(), strict=True)
-        if confidence * share >= least
+        Digit(classifier.classes[number], confidence, box)
+        for number, confidence, box in zip(classes.tolist(), confidences.tolist(), boxes, strict=True)
+        if confidence >= least
     ]
     return [[found[i] for i in line] for line in reading_order([digit.box for digit in found])]

@@ -81,10 +81,12 @@ class Detector(nn.Module):
 
 @dataclass(frozen=True)
 class Detection:
-    """A digit as the detector sees it; the box in pixels of the picture."""
+    """A digit as the detector sees it: how probable each of the ten is, and its box in pixels of the picture.
 
-    label: int
-    confidence: float
+    What lacks to 1 is how probable none is.
+    """
+
+    probabilities: tuple[float, ...]
     box: Box
 
 
@@ -99,12 +101,12 @@ def load_detector(device: torch.device, allow_download: bool = True) -> Detector
 
 @torch.inference_mode()
 def detect(picture: Image.Image, detector: Detector, least: float = FAINTEST) -> list[Detection]:
-    """The digits of a picture with a confidence above `least`, in no order."""
+    """The places of a picture where a digit is more probable than `least`, in no order."""
     device = next(detector.parameters()).device
     precision = machine.choose_precision("auto", device)
     width, height = picture.size
     scale = min(LEAST_HEIGHT / SMALLEST, math.sqrt(MOST_PIXELS / (width * height)))
-    labels, confidences, boxes = [], [], []
+    probabilities, boxes = [], []
     while LEAST_HEIGHT / scale < height and scale * min(width, height) >= STRIDE:
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
         copy = np.asarray(picture.resize(size, Image.Resampling.BILINEAR))
@@ -112,24 +114,23 @@ def detect(picture: Image.Image, detector: Detector, least: float = FAINTEST) ->
         padded = torch.from_numpy(np.pad(copy, (*margins, (0, 0)), "edge")).permute(2, 0, 1)[None]
         with machine.autocast(device, precision):
             logits, offsets = detector(padded.to(device))
-        best, label = logits[0].float().softmax(0)[:NONE].max(0)
-        rows, columns = torch.nonzero(best > least, as_tuple=True)
+        digits = logits[0].float().softmax(0)[:NONE]
+        rows, columns = torch.nonzero(digits.amax(0) > least, as_tuple=True)
         x, y, w, h = offsets[0][:, rows, columns].float().cpu().double().numpy()
         x = (columns.cpu().numpy() + 0.5) * STRIDE - MARGIN + SHIFT * x
         y = (rows.cpu().numpy() + 0.5) * STRIDE - MARGIN + SHIFT * y
         w, h = USUAL_BOX[0] * np.exp(w), USUAL_BOX[1] * np.exp(h)
         boxes.append(np.stack((x - w / 2, y - h / 2, x + w / 2, y + h / 2), 1) / scale)
-        labels.append(label[rows, columns].cpu().numpy())
-        confidences.append(best[rows, columns].cpu().numpy())
+        probabilities.append(digits[:, rows, columns].T.cpu().numpy())
         scale /= PYRAMID_STEP
     if not boxes:
         return []
     found = np.concatenate(boxes)
-    label, sure = np.concatenate(labels), np.concatenate(confidences)
+    probable = np.concatenate(probabilities)
     found[:, 0::2], found[:, 1::2] = found[:, 0::2].clip(0, width), found[:, 1::2].clip(0, height)
     return [
-        Detection(int(label[i]), float(sure[i]), tuple(found[i].round().astype(int).tolist()))
-        for i in surest(found, sure)
+        Detection(tuple(probable[i].tolist()), tuple(found[i].round().astype(int).tolist()))
+        for i in surest(found, probable.max(1))
     ]
 
 

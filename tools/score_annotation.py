@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
@@ -30,9 +32,10 @@ from utils import machine
 from utils.cli import UserError, run_script, script_parser
 from utils.files import write_json
 from utils.pictures import open_picture
+from watch.plots import REFERENCE, STYLE, new_figure, save_figure
 
-CONFIDENCES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-RELIABILITY = (0.5, 0.6, 0.7, 0.8, 0.9, 1.01)  # bounds of confidence
+CONFIDENCES = (0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.8, 0.9)
+BOUNDS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.01)  # of confidence, in the reliability diagram
 Truth = list[tuple[int, Box]]
 
 
@@ -84,15 +87,13 @@ class Outcome:
     """Of one set of pictures."""
 
     scores: dict[float, Score] = field(default_factory=lambda: {least: Score() for least in CONFIDENCES})
-    judged: list[tuple[float, bool]] = field(
-        default_factory=list
-    )  # confidence of each digit found, whether it is right
+    judged: list[tuple[float, bool]] = field(default_factory=list)  # of each digit: confidence, whether it is right
     seconds: list[float] = field(default_factory=list)
 
     def record(self) -> dict:
         """What result files keep of it."""
         reliability = []
-        for low, high in itertools.pairwise(RELIABILITY):
+        for low, high in itertools.pairwise(BOUNDS):
             here = [(sure, right) for sure, right in self.judged if low <= sure < high]
             if here:
                 mean, share = (round(statistics.fmean(values), 3) for values in zip(*here, strict=True))
@@ -105,7 +106,7 @@ class Outcome:
         }
 
 
-def house_numbers(folder: Path, truth: Path) -> Iterator[tuple[Image.Image, Truth]]:
+def pictures_in(folder: Path, truth: Path) -> Iterator[tuple[Image.Image, Truth]]:
     """Pictures of a folder and what stands in them."""
     try:
         known = json.loads(truth.read_text())
@@ -150,9 +151,21 @@ def measure(
         for least, score in outcome.scores.items():
             shown = [digit for digit in digits if digit.confidence >= least]
             right = score.add(shown, true)
-            if least == MIN_CONFIDENCE:
+            if least == CONFIDENCES[0]:
                 outcome.judged += [(d.confidence, ok) for d, ok in zip(shown, right, strict=True)]
     return outcome
+
+
+def reliability_figure(sets: dict[str, list[dict]]) -> Figure:
+    """How many of the digits of each confidence are right, for each set of pictures."""
+    figure = new_figure(4)
+    axes = figure.subplots()
+    axes.plot([0.3, 1], [0.3, 1], color=REFERENCE, linestyle="--", label="as many as it says")
+    for (name, rows), marker in zip(sets.items(), "osD^v", strict=False):
+        axes.plot([row["confidence"] for row in rows], [row["right"] for row in rows], marker=marker, label=name)
+    axes.set(xlabel="mean confidence", ylabel="share of the digits that is right", xlim=(0.3, 1.02), ylim=(0, 1.02))
+    axes.legend(loc="lower right")
+    return figure
 
 
 def main() -> None:
@@ -162,12 +175,16 @@ def main() -> None:
         "  python -m tools.score_annotation --made 300 --composed 200\n"
         "  python -m tools.score_annotation --pictures photos/ truth.json --record results/annotation.json",
     )
-    parser.add_argument("--pictures", nargs=2, type=Path, metavar=("DIR", "JSON"), help="pictures and their digits")
+    parser.add_argument(
+        "--pictures", nargs=2, type=Path, action="append", default=[], metavar=("DIR", "JSON"),
+        help="pictures and their digits; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--made", type=int, default=0, metavar="N", help="pictures made of held-out crops of SVHN")
     parser.add_argument("--composed", type=int, default=0, metavar="N", help="pages composed of MNIST's test digits")
     parser.add_argument("--weights", metavar="NAME", help="as in valid.py (default: the same)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="(default: %(default)s)")
     parser.add_argument("--record", type=Path, metavar="FILE", help="write the figures into this JSON file")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the reliability diagram into this PNG file")
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: all)")
     machine.add_device_argument(parser)
     args: argparse.Namespace = parser.parse_args()
@@ -181,8 +198,8 @@ def main() -> None:
         return [digit for line in classify(picture, detect(picture, detector), classifier, 0) for digit in line]
 
     sets = {}
-    if args.pictures:
-        sets["pictures"] = house_numbers(*args.pictures)
+    for folder, truth in args.pictures:
+        sets[folder.name] = pictures_in(folder, truth)
     if args.made:
         sets["made of held-out crops"] = made_of_crops(args.made, args.data_dir, device)
     if args.composed:
@@ -196,6 +213,12 @@ def main() -> None:
         for row in records[name]["reliability"]:
             print(f"  from {row['from']:.0%} on: {row['digits']:5d} digits, {row['right']:.1%} right")
         print(f"  {records[name]['seconds_median']:.2f} s a picture (median)")
+    if args.figure:
+        with matplotlib.rc_context(STYLE):
+            save_figure(
+                reliability_figure({name: record["reliability"] for name, record in records.items()}), args.figure
+            )
+        print(f"wrote {args.figure}")
     if args.record:
         about = {
             "weights": classifier.path.stem, "machine": machine.describe(device), "commit": machine.commit(),

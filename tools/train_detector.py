@@ -156,13 +156,14 @@ def train(settings: Settings, folder: Path, state: dict | None, material: Materi
                 say(f"step {step:5d}/{settings.steps}  " + "  ".join(f"{k} {v:.3f}" for k, v in values.items()))
                 if step == LOG_EVERY_STEPS:
                     log.images("scenes", step, images[:32], 8)
-            if step % SAVE_EVERY_STEPS == 0 or step == settings.steps or stop.made:
+            stopping = stop.made
+            if step % SAVE_EVERY_STEPS == 0 or step == settings.steps or stopping:
                 state = {
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(), "settings": asdict(settings),
                     "step": step, "seconds": time.monotonic() - began, "sums": sums,
                 }  # fmt: skip
                 save_checkpoint(folder / "last.pt", state)
-            if stop.made:
+            if stopping:
                 log.close()
                 go_on = f"python -m tools.train_detector --resume {folder}"
                 raise Interrupted(f"interrupted at step {step}: go on with `{go_on}`", stop.exit_code)
