@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image, ImageShow
 from tqdm import tqdm
 
-from annotate.classify import MIN_CONFIDENCE, SINGLE_SIDE, Digit, classify, is_single
+from annotate.classify import DETECTOR_SHARE, MIN_CONFIDENCE, SINGLE_SIDE, Digit, classify, is_single
 from annotate.detector import detect, load_detector
 from annotate.draw import COLOURS, draw_digits, lay_out, side_by_side
 from annotate.pictures import output_for, pictures_named, save_picture, sheets_of
@@ -129,7 +129,8 @@ def main() -> None:
         picture = open_picture(sheet.path, page=sheet.frame)
         single = all(is_single(picture, classifier) for classifier in classifiers)
         detections = [] if single else detect(picture, detector)
-        classified = [classify(picture, detections, classifier, args.min_confidence) for classifier in classifiers]
+        share = DETECTOR_SHARE if args.compare is None else 0.0  # what is compared is the networks alone
+        classified = [classify(picture, detections, network, args.min_confidence, share) for network in classifiers]
         pages = annotated(picture, classified)
         page = pages[0]
         if args.compare is not None:

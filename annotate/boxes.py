@@ -19,7 +19,7 @@ def same_place(a: Box, b: Box) -> bool:
 def reading_order(boxes: list[Box]) -> list[list[int]]:
     """Indices of boxes, line by line from the top, each line from left to right; lines may slant.
 
-    A box continues the line whose last box overlaps its height by half of the smaller height, or begins one.
+    A box continues the line with whose last box it shares half of the larger height, or begins one.
     """
     lines: list[list[int]] = []
     for index in sorted(range(len(boxes)), key=lambda i: boxes[i][0] + boxes[i][2]):
@@ -27,7 +27,7 @@ def reading_order(boxes: list[Box]) -> list[list[int]]:
 
         def common_height(line: list[int], y0: int = y0, y1: int = y1) -> float:
             _, top, _, bottom = boxes[line[-1]]
-            return (min(y1, bottom) - max(y0, top)) / max(1, min(y1 - y0, bottom - top))
+            return (min(y1, bottom) - max(y0, top)) / max(1, y1 - y0, bottom - top)
 
         best = max(lines, key=common_height, default=None)
         if best is not None and common_height(best) >= 0.5:

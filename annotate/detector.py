@@ -31,7 +31,7 @@ PYRAMID_STEP = 1.29  # from copy to copy of the pyramid
 SMALLEST = 9.0  # pixels of a digit's height that the largest copy shows large enough
 MOST_PIXELS = 1.5e6  # of the largest copy; in larger pictures small digits are not looked for
 FAINTEST = 0.2  # confidence below which nothing counts
-SAME_DIGIT, WITHIN = 0.35, 0.7  # intersection over union, and over the smaller one, above which the surer one stays
+SAME_DIGIT, WITHIN = 0.15, 0.55  # intersection over union, and over the smaller one, above which the surer one stays
 
 
 def even_out(images: Tensor) -> Tensor:
@@ -125,9 +125,10 @@ def detect(picture: Image.Image, detector: Detector, least: float = FAINTEST) ->
         scale /= PYRAMID_STEP
     if not boxes:
         return []
-    found = np.concatenate(boxes)
-    probable = np.concatenate(probabilities)
-    found[:, 0::2], found[:, 1::2] = found[:, 0::2].clip(0, width), found[:, 1::2].clip(0, height)
+    found, probable = np.concatenate(boxes), np.concatenate(probabilities)
+    middle = (found[:, :2] + found[:, 2:]) / 2
+    inside = ((middle > 0) & (middle < (width, height))).all(1)
+    found, probable = found[inside].clip(0, (width, height, width, height)), probable[inside]
     return [
         Detection(tuple(probable[i].tolist()), tuple(found[i].round().astype(int).tolist()))
         for i in surest(found, probable.max(1))

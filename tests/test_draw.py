@@ -26,10 +26,11 @@ def page(width, height, paper=WHITE):
          [[1, 3], [4, 2, 0]]),
         ([(40 * i, 100 * row + 12 * i, 40 * i + 30, 100 * row + 12 * i + 50) for row in (0, 1) for i in range(12)],
          [list(range(12)), list(range(12, 24))]),
-        ([(0, 0, 30, 60), (40, 25, 60, 55), (70, 5, 100, 70)], [[0, 1, 2]]),
+        ([(0, 0, 30, 60), (40, 22, 60, 56), (70, 5, 100, 70)], [[0, 1, 2]]),
+        ([(0, 0, 30, 60), (40, 0, 70, 60), (80, 10, 92, 34)], [[2], [0, 1]]),
         ([], []),
     ],
-    ids=["from the top and the left", "each slanting below where the next begins", "of several heights", "none"],
+    ids=["from the top and the left", "each slanting below where the next begins", "of several heights", "small ones apart", "none"],
 )  # fmt: skip
 def test_lines(boxes, lines):
     assert reading_order(boxes) == lines
