@@ -381,7 +381,7 @@ def test_no_file_is_written_over(annotate, tiny, note, tmp_path):
 
 
 def test_pictures_of_our_own(detector):
-    """With the default weights: print comes out right, and most of the handwriting, which is enlarged from 8×8 pixels."""
+    """With the default weights: print comes out right, and most of the handwriting, enlarged from 8×8 pixels."""
     classifier, right = load_classifier(None, CPU, allow_download=False), {}
     true = {
         "plate.jpg": "190", "four.png": "4", "five.png": "5", "seven.png": "7", "shadow.jpg": "602214",

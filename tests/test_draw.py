@@ -30,7 +30,8 @@ def page(width, height, paper=WHITE):
         ([(0, 0, 30, 60), (40, 0, 70, 60), (80, 10, 92, 34)], [[2], [0, 1]]),
         ([], []),
     ],
-    ids=["from the top and the left", "each slanting below where the next begins", "of several heights", "small ones apart", "none"],
+    ids=["from the top and the left", "each slanting below where the next begins", "of several heights",
+         "small ones apart", "none"],
 )  # fmt: skip
 def test_lines(boxes, lines):
     assert reading_order(boxes) == lines

@@ -221,8 +221,8 @@ def main() -> None:
         print(f"wrote {args.figure}")
     if args.record:
         about = {
-            "weights": classifier.path.stem, "machine": machine.describe(device), "commit": machine.commit(),
-            "threads": torch.get_num_threads(), "versions": machine.versions(),
+            "kind": "annotation", "weights": classifier.path.stem, "threads": torch.get_num_threads(),
+            "machine": machine.describe(device), "commit": machine.commit(), "versions": machine.versions(),
         }  # fmt: skip
         write_json(args.record, about | records)
         print(f"wrote {args.record}")
