@@ -402,9 +402,11 @@ def test_weights_do_what_their_record_says(weights, real_data):
 def test_every_weights_file_is_in_the_index_and_in_the_model_card():
     """And each entry of the index can be had: it comes with the code, or there is an address to fetch it from."""
     sections = re.findall(r"^## (.*)$", (ROOT / "pretrained/README.md").read_text(), re.MULTILINE)
-    assert set(sections) == INDEX["weights"].keys()
+    assert set(sections) == {*INDEX["weights"], "detector"}
     files = {path.name for path in (ROOT / "pretrained").glob("*.safetensors")}
-    assert files <= {entry["file"] for entry in INDEX["weights"].values()}
+    detector = INDEX["detector"]
+    assert files <= {entry["file"] for entry in (*INDEX["weights"].values(), detector)}
+    assert sha256_of(ROOT / "pretrained" / detector["file"]) == detector["sha256"]
     for name, entry in INDEX["weights"].items():
         assert re.fullmatch(r"[0-9a-f]{64}", entry["sha256"]), name
         assert entry["file"] in files or entry["url"], name
