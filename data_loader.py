@@ -126,7 +126,7 @@ def mean_pixel(images: Sequence[Tensor]) -> tuple[float, float, float]:
 
 def seed_of(*parts: int) -> int:
     """A well-mixed 63-bit seed that depends on all of the given whole numbers ≥ 0, and on how many they are."""
-    return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0]) >> 1
 
 
 def shuffled_passes(count: int, length: int, seed: int) -> Tensor:
