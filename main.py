@@ -7,6 +7,7 @@
 Writes a run folder: config.json, metrics.jsonl, result.json, last.pt, previous.pt, model.safetensors, tensorboard/.
 """
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from methods.classifier import Classifier, Evaluation, usage
 from methods.modern import ModernObjective, modern_views
 from methods.networks import build_network, on_device, preprocessing_for
 from methods.optimisation import balancing_weights, freeze, limit_norms, make_optimizer
-from methods.options import DRY_RUN_IMAGES, configure, parse_arguments, resume_command, run_folder
+from methods.options import DRY_RUN_IMAGES, configure, parse_arguments, resume_command, run_folder, run_folder_made
 from methods.recipes import Config, to_dict
 from methods.run import Run
 from methods.schedules import learning_rate, reversal_weight
@@ -30,7 +31,7 @@ from utils import distributed, machine
 from utils.checkpoint import save_weights
 from utils.cli import Interrupted, StopRequest, run_script, stop_on_signals
 from utils.distributed import Processes
-from utils.files import make_folder, write_json
+from utils.files import write_json
 from valid import evaluate
 from watch.records import result_record
 from watch.screen import print_header, print_result
@@ -211,7 +212,7 @@ def main() -> None:
     machine.prepare(device)
     if args.compile:
         machine.check_compiler(device)
-    with distributed.join(device) as processes:
+    with ExitStack() as held, distributed.join(device) as processes:
         config, state = configure(args, settings, device, processes)
         folder = processes.from_first(run_folder(args, config))
         dry_run = state["dry_run"] if state else args.dry_run
@@ -222,7 +223,8 @@ def main() -> None:
                 config.source, config.target, target_only, args.data_dir, args.download, most, form, args.common_classes
             )
         )
-        make_folder(folder)
+        if processes.writes:
+            held.enter_context(run_folder_made(folder))
         run, loader, classifier = set_up(
             config, pair, folder, dry_run, args.compile, device, processes, args.pretrained, args.download
         )

@@ -30,6 +30,7 @@ class Run:
         sessions: what each part of it, between two interruptions, was made with (`machine.session`).
         epoch, step: the next step to do: its epoch, and its number within the epoch.
         sums: of this epoch's steps, of each loss and each other value that is logged.
+        records: of the epochs done, as metrics.jsonl has them.
         seconds, train_seconds: so far, with and without tests.
     """
 
@@ -46,12 +47,13 @@ class Run:
     epoch: int = 0
     step: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
+    records: list[dict] = field(default_factory=list)
     seconds: float = 0.0
     train_seconds: float = 0.0
 
     PLAIN: ClassVar = (
         *("config", "use", "data", "steps_per_epoch", "dry_run", "sessions", "epoch", "step", "sums"),
-        *("seconds", "train_seconds"),
+        *("records", "seconds", "train_seconds"),
     )
     TENSORS: ClassVar = ("model", "teacher", "optimizer", "rng")
 
@@ -131,6 +133,7 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.sums = {name: total.to(device) for name, total in state["sums"].items()}
         self.epoch, self.step = state["epoch"], state["step"]
+        self.records = state["records"]
         self.seconds, self.train_seconds = state["seconds"], state["train_seconds"]
         self.sessions = [*state["sessions"], *self.sessions]
         rng = state["rng"][processes.rank]

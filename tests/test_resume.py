@@ -347,6 +347,19 @@ def start_run(folder, tiny_data, epochs=50, **options) -> subprocess.Popen:
     return process
 
 
+def test_one_process_at_a_time_trains_in_a_folder(fail, half_run, tiny_data):
+    """The second is refused before it has changed anything; what a killed one left half written goes."""
+    (half_run / ".last.pt.1.tmp").touch()
+    before = files_of(half_run)
+    descriptor = os.open(half_run, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    assert "another process trains in" in fail(main, "--resume", half_run, "--data-dir", tiny_data, "--device", "cpu")
+    assert files_of(half_run) == before
+    os.close(descriptor)
+    go_on(half_run, tiny_data)
+    assert not list(half_run.glob(".*.tmp"))
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_process_that_is_told_to_stop(tiny_data, tmp_path, number, code):
     """By Ctrl-C, by a scheduler, or because its terminal goes away."""

@@ -5,7 +5,6 @@ import http.client
 import os
 import queue
 import socket
-import sys
 import threading
 import urllib.error
 import urllib.request
@@ -17,9 +16,7 @@ from tqdm import tqdm
 
 from utils.cli import NO_SPACE, Interrupted, UserError, say
 from utils.files import checksum as checksum_of
-
-if sys.platform != "win32":  # which does not let a file that another process holds open be renamed
-    import fcntl
+from utils.files import locked
 
 SILENCE_SECONDS = 25.0  # without one byte, over all addresses: a missing network is said within 30 s
 TIMEOUT_SECONDS = 10.0  # of one address without an answer or the next byte; less where there are many
@@ -51,7 +48,7 @@ def download(urls: Sequence[str], path: Path, checksum: str, again: str = "the s
     try:
         with _file_faults(path, again):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _folder_lock(path.parent):
+            with locked(path.parent, lambda: say(f"waiting for another download into {path.parent} to end")):
                 # Looked at behind the lock: the process that held it may have fetched this very file.
                 if not (path.exists() and _has_checksum(path, checksum)):
                     _try_addresses(urls, path, checksum, again)
@@ -181,26 +178,6 @@ def _file_faults(path: Path, again: str) -> Iterator[None]:
         raise UserError(
             f"cannot use {path} ({error.strerror}): fix its folder's permissions or choose another folder"
         ) from None
-
-
-@contextlib.contextmanager
-def _folder_lock(folder: Path) -> Iterator[None]:
-    """Let one process at a time download into a folder: two that append to one .part would spoil it."""
-    descriptor = None
-    try:
-        # Some file systems know no locks, and some folders may be written to but not listed: go on without.
-        with contextlib.suppress(OSError):
-            if sys.platform != "win32":
-                descriptor = os.open(folder, os.O_RDONLY)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    say(f"waiting for another download into {folder} to end")
-                    fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def _has_checksum(path: Path, checksum: str) -> bool:

@@ -4,10 +4,14 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from utils.cli import UserError
+
+if sys.platform != "win32":  # which does not let a file that another process holds open be renamed
+    import fcntl
 
 WRITE_ERRORS = (OSError, RuntimeError)  # torch.save wraps what the file system says in the latter
 
@@ -49,3 +53,23 @@ def make_folder(path: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"cannot write to the folder {path} ({error.strerror}): choose another one") from None
+
+
+@contextlib.contextmanager
+def locked(folder: Path, taken: Callable[[], None]) -> Iterator[None]:
+    """Let one process at a time write into a folder. While another one does, `taken` is called once, then we wait."""
+    descriptor = None
+    try:
+        # Some file systems know no locks, and some folders may be written to but not listed: go on without.
+        with contextlib.suppress(OSError):
+            if sys.platform != "win32":
+                descriptor = os.open(folder, os.O_RDONLY)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    taken()
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)

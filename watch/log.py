@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,13 @@ class RunLog:
     Args:
         folder: the run folder; it exists.
         resume_step: optimiser steps already done; later events of an interrupted run are dropped.
-        resume_epochs: epochs already in metrics.jsonl; later lines are dropped.
+        records: of the epochs already done; metrics.jsonl begins with them.
     """
 
-    def __init__(self, folder: Path, resume_step: int = 0, resume_epochs: int = 0):
+    def __init__(self, folder: Path, resume_step: int = 0, records: Sequence[dict] = ()):
         self.metrics = folder / "metrics.jsonl"
-        kept = self.metrics.read_text().splitlines()[:resume_epochs] if self.metrics.exists() else []
-        write_atomically(self.metrics, lambda file: file.write_text("".join(line + "\n" for line in kept)))
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        write_atomically(self.metrics, lambda file: file.write_text(lines))
         self.folder = folder / "tensorboard"
         self.failure: BaseException | None = None
         # The writer's thread ends on an error; a queue that is never full keeps us from waiting for it for ever.

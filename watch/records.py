@@ -1,7 +1,5 @@
 """What a run writes down: a record of each epoch, and of the whole run."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 from digits.domains import Pair
@@ -39,9 +37,8 @@ def accuracies(source: Evaluation, target: Evaluation) -> dict[str, float | None
     return {name: tested.accuracy if tested.total else None for name, tested in tests.items()}
 
 
-def seconds_to(metrics: Path) -> dict[str, float | None]:
+def seconds_to(records: list[dict]) -> dict[str, float | None]:
     """When the target test accuracy was first at least 90, 95 and 98 % after an epoch, in seconds; None for never."""
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
     reached = {}
     for percent in (90, 95, 98):
         times = (record["seconds"] for record in records if 100 * (record["target_accuracy"] or 0) >= percent)
@@ -80,7 +77,7 @@ def result_record(run: Run, config: Config, pair: Pair, source: Evaluation, targ
         "steps": steps,
         "operations": adapted * operations_of_step(config, True, classes)
         + (steps - adapted) * operations_of_step(config, False, classes),
-        "seconds_to": seconds_to(run.folder / "metrics.jsonl"),
+        "seconds_to": seconds_to(run.records),
         "parameters": sum(w.numel() for w in run.model.parameters()),
         **run.sessions[0],
         "resumed": run.sessions[1:],

@@ -54,7 +54,7 @@ class Watcher:
         self.tested: tuple[Evaluation, Evaluation] | None = None  # of the last epoch
         self.seconds_before, self.started = run.seconds, time.perf_counter()
         self.steps_at_start = run.steps_done
-        self.log = RunLog(run.folder, run.steps_done, run.epoch) if processes.writes else SilentLog()
+        self.log = RunLog(run.folder, run.steps_done, run.records) if processes.writes else SilentLog()
         self.log.text("config", "\n".join(f"    {key}: {value}" for key, value in all_settings(config).items()))
         self.board = Board(run, config, pair, classifier, self.log) if processes.writes else None
         if self.board and not run.steps_done:
@@ -133,6 +133,7 @@ class Watcher:
         record = epoch_record(run, self.config, means, source, target) | signals
         images = images_per_step(self.config, "loss_domain" in means) * self.epoch_steps
         record["images_per_second"] = images / self.epoch_seconds
+        run.records.append(record)
         self.log.epoch(record)
         assert self.board is not None
         self.board.epoch(record, signals, target)
