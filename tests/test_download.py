@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,7 @@ def _plain_environment(monkeypatch):
     monkeypatch.delenv("DANN_MIRROR", raising=False)
     monkeypatch.setattr(download_module, "SILENCE_SECONDS", 2.0)
     monkeypatch.setattr(download_module, "TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(download_module, "PAUSE_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -207,6 +210,42 @@ def test_silence_ends_within_the_total_whatever_the_number_of_addresses(site, tm
     assert time.monotonic() - began < 2
     assert silent == "name look-up" or len(site.requests) == 8 + site.stalls  # each had its share
     assert SHIPPED_LIMIT < 30
+
+
+def test_who_sends_without_end_is_left(site, tmp_path, monkeypatch):
+    monkeypatch.setattr(download_module, "MOST_BYTES", len(CONTENT) // 2)
+    with pytest.raises(UserError, match="sent more than"):
+        download([site.url()], tmp_path / "file", CHECKSUM)
+    assert files_below(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "followed"),
+    [
+        ("https://a.invalid/f", "https://b.invalid/f", True),
+        ("https://a.invalid/f", "http://b.invalid/f", False),
+        ("http://a.invalid/f", "https://b.invalid/f", True),
+        ("http://a.invalid/f", "ftp://b.invalid/f", False),
+        ("http://a.invalid/f", "file:///etc/passwd", False),
+    ],
+)
+def test_a_redirect_never_leaves_https(first, then, followed):
+    request = urllib.request.Request(first)
+    asked = (request, None, 302, "Found", {}, then)
+    if followed:
+        assert download_module._Redirects().redirect_request(*asked).full_url == then
+    else:
+        with pytest.raises(urllib.error.URLError, match="redirects to"):
+            download_module._Redirects().redirect_request(*asked)
+
+
+def test_an_address_that_breaks_off_is_asked_again_after_longer_and_longer_pauses(site, tmp_path, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(download_module.time, "sleep", pauses.append)
+    site.break_after = [1000] * 9
+    with pytest.raises(UserError):
+        download([site.url()], tmp_path / "file", CHECKSUM)
+    assert pauses == [download_module.PAUSE_SECONDS * factor for factor in (1, 2, 4, 8)]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import json
 import socket
 
 import numpy as np

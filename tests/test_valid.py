@@ -257,6 +257,42 @@ def test_a_damaged_index(fail, shelf, text):
     assert re.search(f"{shelf / 'index.json'}.*git checkout", fail(valid))
 
 
+@pytest.mark.parametrize(
+    ("file", "sha256", "url"),
+    [
+        ("../digits.safetensors", "0" * 64, None),
+        ("/etc/digits.safetensors", "0" * 64, None),
+        ("..", "0" * 64, UNREACHABLE),
+        (".hidden", "0" * 64, None),
+        ("digits.safetensors", "../" * 4 + "0" * 52, UNREACHABLE),
+        ("digits.safetensors", "0" * 64, ["http://127.0.0.1"]),
+        (["digits.safetensors"], "0" * 64, None),
+    ],
+)
+def test_an_index_whose_names_lead_elsewhere_is_refused(fail, shelf, quick_run, tmp_path, file, sha256, url):
+    """Even where the file that is named has the checksum that is named."""
+    shutil.copy(quick_run / "model.safetensors", tmp_path / "digits.safetensors")
+    if sha256 == "0" * 64 and url is None:
+        sha256 = sha256_of(tmp_path / "digits.safetensors")
+    write_index(shelf, file, sha256, url)
+    before = set(tmp_path.rglob("*"))
+    assert "git checkout" in fail(valid)
+    assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("http://weights.invalid/a.safetensors#sha256=" + "0" * 64, "no https address"),
+        ("https://weights.invalid/a.safetensors#sha256=../../../a", "no checksum"),
+        ("https://weights.invalid/a.safetensors#md5=" + "0" * 32, "no checksum"),
+        ("file:///etc/passwd", "no weights at"),
+    ],
+)
+def test_addresses_that_are_not_asked(fail, shelf, url, told):
+    assert told in fail(valid, "--weights", url)
+
+
 @pytest.fixture
 def site(quick_run):
     """A site on this machine that has the run's weights; its `paths` are what it was asked for."""

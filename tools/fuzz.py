@@ -33,21 +33,26 @@ from PIL import Image
 from scipy.io import savemat
 from tqdm import tqdm
 
+from data_loader import CLASS_NAMES, Preprocessing
 from digits.domains import load_domain
+from methods.classifier import load_classifier, usage
 from methods.networks import build_network
+from methods.recipes import Config
 from methods.run import read_state
 from tools.figure_data import ALWAYS, read_records
 from utils import machine, pretrained
-from utils.checkpoint import load_weights, save_checkpoint, save_weights
+from utils.checkpoint import save_checkpoint, save_weights
 from utils.cli import UserError, run_script, say, script_parser
 from utils.files import checksum, make_folder, write_json
 from utils.pictures import open_picture, pages_in
 
+CPU = torch.device("cpu")
 SECONDS, MEGABYTES = 10.0, 1024  # that one file may take
 HUGE = (2**31 - 1, 2**32 - 1, 2**30, 2**24, 0, 10**9)
 OTHERS = (
     b"", b"\0", b"{}", b"[]", b"null", b'"text"', b"0 1:0\n", b"PK\x05\x06" + bytes(18), b"\x1f\x8b" + bytes(20),
-    b"\x89PNG\r\n", bz2.compress(b""), gzip.compress(b""), b"\x80\x02cposix\nsystem\nX\x04\0\0\0true\x85R.", b"<html>404</html>",
+    b"\x89PNG\r\n", b"<html>404</html>", bz2.compress(b""), gzip.compress(b""),
+    b"\x80\x02cposix\nsystem\nX\x04\0\0\0true\x85R.",  # a pickle that would run a program
 )  # fmt: skip
 
 
@@ -143,13 +148,15 @@ def state() -> dict:
     torch.manual_seed(0)
     names = ("config", "use", "data", "steps_per_epoch", "dry_run", "sessions", "epoch", "step", "sums", "seconds")
     return {
-        **{name: {} for name in names}, "records": [], "train_seconds": 1.0, "teacher": None, "optimizer": {}, "rng": [],
+        **{name: {} for name in names}, "records": [], "use": usage(Config(), Preprocessing(32), CLASS_NAMES, {}),
+        "train_seconds": 1.0, "teacher": None, "optimizer": {}, "rng": [],
         "model": build_network("small").state_dict(),
     }  # fmt: skip
 
 
 def write_weights(folder: Path) -> None:
-    save_weights(folder / "model.safetensors", build_network("small").state_dict(), {"network": "small"})
+    about = usage(Config(), Preprocessing(32), CLASS_NAMES, {})
+    save_weights(folder / "model.safetensors", build_network("small").state_dict(), about)
 
 
 def write_index(folder: Path) -> None:
@@ -160,11 +167,11 @@ def write_index(folder: Path) -> None:
 
 def read_by_index(folder: Path) -> object:
     with patch.object(pretrained, "PRETRAINED", folder):
-        return load_weights(pretrained.find_weights(None, allow_download=False))
+        return load_classifier(None, CPU, allow_download=False).model.state_dict()
 
 
 def write_records(folder: Path) -> None:
-    lines = (json.dumps({"epoch": i} | {key: 1 / i for key in ALWAYS[1:]}) for i in range(1, 9))
+    lines = (json.dumps({"epoch": i} | dict.fromkeys(ALWAYS[1:], 1 / i)) for i in range(1, 9))
     (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
 
 
@@ -198,7 +205,8 @@ READERS = {
     "webp": Reader("picture.webp", lambda folder: write_picture(folder, "WEBP"), read_picture),
     "bmp": Reader("picture.bmp", lambda folder: write_picture(folder, "BMP"), read_picture),
     "safetensors": Reader(
-        "model.safetensors", write_weights, lambda folder: load_weights(folder / "model.safetensors")
+        "model.safetensors", write_weights,
+        lambda folder: load_classifier(str(folder / "model.safetensors"), CPU, False),
     ),
     "weights by index.json": Reader("model.safetensors", write_index, read_by_index, guarded=True),
     "index.json": Reader("index.json", write_index, read_by_index, guarded=True),
@@ -206,8 +214,8 @@ READERS = {
         "last.pt", lambda folder: save_checkpoint(folder / "last.pt", state()), read_state, guarded=True
     ),
     "weights of last.pt": Reader(
-        "last.pt", lambda folder: save_checkpoint(folder / "last.pt", state() | {"use": {}}),
-        lambda folder: load_weights(folder / "last.pt"),
+        "last.pt", lambda folder: save_checkpoint(folder / "last.pt", state()),
+        lambda folder: load_classifier(str(folder / "last.pt"), CPU, False),
     ),
     "metrics.jsonl": Reader(
         "metrics.jsonl", write_records, lambda folder: read_records(folder / "metrics.jsonl", "train again")

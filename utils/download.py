@@ -6,6 +6,7 @@ import os
 import queue
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -21,12 +22,24 @@ from utils.files import locked
 SILENCE_SECONDS = 25.0  # without one byte, over all addresses: a missing network is said within 30 s
 TIMEOUT_SECONDS = 10.0  # of one address without an answer or the next byte; less where there are many
 RETRIES = 3  # of an address whose connection broke off midway
+PAUSE_SECONDS = 0.5  # before the first of them; twice as long before each later one
+MOST_BYTES = 4 << 30  # of a file; who sends more does not send ours
 CHUNK_BYTES = 1 << 18
 USER_AGENT = "dann-pytorch/1.0"  # some sites refuse urllib's own name
 
 
 class _Fault(Exception):
     """What one address did wrong, in a few words."""
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to http and https, from https to https alone."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
+        """See the base class."""
+        if urlsplit(newurl).scheme not in (("https",) if req.type == "https" else ("http", "https")):
+            raise urllib.error.URLError(f"it redirects to {urlsplit(newurl).scheme}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def download(urls: Sequence[str], path: Path, checksum: str, again: str = "the same command") -> None:
@@ -66,7 +79,7 @@ def _try_addresses(urls: Sequence[str], path: Path, checksum: str, again: str) -
     seconds = min(TIMEOUT_SECONDS, SILENCE_SECONDS / (len(urls) + 1))
     for url in urls:
         host = urlsplit(url).netloc
-        for _ in range(1 + RETRIES):
+        for attempt in range(1 + RETRIES):
             kept_bytes = _size(part)
             try:
                 _receive(url, part, path.name, seconds)
@@ -74,6 +87,7 @@ def _try_addresses(urls: Sequence[str], path: Path, checksum: str, again: str) -
                 faults[host] = str(fault)
                 if _size(part) == kept_bytes:
                     break
+                time.sleep(PAUSE_SECONDS * 2**attempt)
                 continue
             if _has_checksum(part, checksum):
                 os.replace(part, path)
@@ -117,6 +131,9 @@ def _receive(url: str, part: Path, title: str, seconds: float) -> None:
                 file.write(chunk)
                 file.flush()  # so that a process that is killed keeps them too
                 bar.update(len(chunk))
+                if file.tell() > MOST_BYTES:
+                    part.unlink()
+                    raise _Fault(f"it sent more than {MOST_BYTES:,} bytes")
     if end is not None and _size(part) < end:
         raise _Fault("the connection broke off")
 
@@ -130,7 +147,8 @@ def _open(url: str, headers: dict[str, str], seconds: float) -> http.client.HTTP
 
     def ask() -> None:
         try:
-            answers.put(urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=seconds))
+            opener = urllib.request.build_opener(_Redirects)
+            answers.put(opener.open(urllib.request.Request(url, headers=headers), timeout=seconds))
         except Exception as error:
             answers.put(error)
 

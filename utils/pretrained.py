@@ -1,6 +1,7 @@
 """Find weights by name, path or URL; bytes are verified before they are loaded, wherever they come from."""
 
 import json
+import re
 from pathlib import Path
 from urllib.parse import urldefrag, urlsplit
 
@@ -8,6 +9,8 @@ from utils.cli import UserError
 from utils.download import download
 from utils.files import checksum
 
+NAME, SHA256 = r"[A-Za-z0-9][\w.+-]*", r"[0-9a-fA-F]{64}"  # of files: no separator, no "..", not hidden
+LOCAL = ("localhost", "127.0.0.1", "::1")
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
 
 
@@ -15,12 +18,19 @@ def read_index() -> dict:
     """pretrained/index.json: `default`, and under `weights` by name: file, sha256, url (null: ships with the code).
 
     `detector` is such an entry, too.
+
+    Raises: UserError where it is missing or damaged, or a file's name leads out of its folder.
     """
     path = PRETRAINED / "index.json"
     try:
         index = json.loads(path.read_text())
-        assert index["default"] in index["weights"]
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        entries = [*index["weights"].values(), *([index["detector"]] if "detector" in index else [])]
+        named = all(re.fullmatch(NAME, entry["file"]) and re.fullmatch(SHA256, entry["sha256"]) for entry in entries)
+        if not (named and index["default"] in index["weights"]):
+            raise ValueError
+        if not all(entry["url"] is None or isinstance(entry["url"], str) for entry in entries):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} is missing or damaged: restore it with `git checkout {path.parent}`") from None
     return index
 
@@ -37,13 +47,13 @@ def find_weights(name: str | None, allow_download: bool = True) -> Path:
     """
     if name and urlsplit(name).scheme in ("http", "https"):
         url, fragment = urldefrag(name)
-        if not fragment.startswith("sha256="):
+        if not re.fullmatch(f"sha256={SHA256}", fragment):
             raise UserError(
                 f"{name} has no checksum: add #sha256=<the file's sha256> to the URL, or download it and give its path"
             )
-        return _from_cache(
-            Path(urlsplit(url).path).name or "weights", fragment.removeprefix("sha256="), url, allow_download
-        )
+        file = Path(urlsplit(url).path).name
+        file = file if re.fullmatch(NAME, file) else "weights"
+        return _from_cache(file, fragment.removeprefix("sha256="), url, allow_download)
     if name and Path(name).exists():
         path = Path(name) / "model.safetensors" if Path(name).is_dir() else Path(name)
         if not path.is_file():
@@ -84,5 +94,7 @@ def _from_cache(file: str, sha256: str, url: str | None, allow_download: bool) -
         raise UserError(f"{PRETRAINED / file} is missing: restore it with `git checkout {PRETRAINED / file}`")
     if not allow_download:
         raise UserError(f"{file} is neither in {PRETRAINED} nor in {path.parent}: run again without --no-download")
+    if urlsplit(url).scheme != "https" and urlsplit(url).hostname not in LOCAL:
+        raise UserError(f"{url} is no https address: use one, or download the file and give its path")
     download([url], path, f"sha256:{sha256}")
     return path
