@@ -20,7 +20,7 @@ from digits.domains import Pair, load_pair
 from methods.classifier import Classifier, Evaluation, usage
 from methods.modern import ModernObjective, modern_views
 from methods.networks import build_network, on_device, preprocessing_for
-from methods.optimisation import balancing_weights, freeze, limit_norms, make_optimizer
+from methods.optimisation import balancing_weights, freeze, has_finite_gradient, limit_norms, make_optimizer
 from methods.options import DRY_RUN_IMAGES, configure, parse_arguments, resume_command, run_folder, run_folder_made
 from methods.recipes import Config, to_dict
 from methods.run import Run
@@ -79,6 +79,9 @@ def step(run: Run, config: Config, losses: Losses, mu_p: float) -> None:
     run.optimizer.zero_grad(set_to_none=True)
     loss: Tensor = sum(losses.values())  # type: ignore[assignment]
     loss.backward()
+    if config.on_nan == "skip" and not has_finite_gradient(run.model):
+        run.skipped.append(run.steps_done)
+        return
     if config.clip_norm and "loss_domain" in losses:  # the reversed loss has no bound, its gradient can explode
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip_norm)
     run.optimizer.step()

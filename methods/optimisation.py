@@ -33,6 +33,12 @@ def freeze(model: DANN, numbers: tuple[int, ...]) -> None:
         convolution.requires_grad_(number not in numbers)
 
 
+def has_finite_gradient(model: nn.Module) -> bool:
+    """Whether no gradient of the weights is infinite or nan; waits for the device."""
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    return bool(nn.utils.get_total_norm(gradients).isfinite())
+
+
 @torch.no_grad()
 def limit_norms(model: nn.Module, bound: float) -> None:
     """Scale down the incoming weights of each unit of the linear layers whose l2 norm exceeds `bound`."""

@@ -103,6 +103,10 @@ class Config:
         choices=("annealed", "constant", "cosine", "time-decay"),
     )  # fmt: skip
     lr_decay: float = _setting(0.0, "optimiser", "decay of the time-decay rate, per step")
+    on_nan: str = _setting(
+        "stop", "optimiser", "a step whose gradient is not finite ends the run, or is left out",
+        choices=("stop", "skip"),
+    )  # fmt: skip
 
     lambda_max: float = _setting(1.0, "gradient reversal", "λ_max in λ_p = λ_max · (2/(1+exp(−10p)) − 1)")
     lambda_schedule: str = _setting(

@@ -31,6 +31,7 @@ class Run:
         epoch, step: the next step to do: its epoch, and its number within the epoch.
         sums: of this epoch's steps, of each loss and each other value that is logged.
         records: of the epochs done, as metrics.jsonl has them.
+        skipped: the numbers of the steps that were left out, for their gradient was not finite.
         seconds, train_seconds: so far, with and without tests.
     """
 
@@ -48,12 +49,13 @@ class Run:
     step: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
     records: list[dict] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
     seconds: float = 0.0
     train_seconds: float = 0.0
 
     PLAIN: ClassVar = (
         *("config", "use", "data", "steps_per_epoch", "dry_run", "sessions", "epoch", "step", "sums"),
-        *("records", "seconds", "train_seconds"),
+        *("records", "skipped", "seconds", "train_seconds"),
     )
     TENSORS: ClassVar = ("model", "teacher", "optimizer", "rng")
 
@@ -67,17 +69,27 @@ class Run:
         """Optimiser steps since the start of the run."""
         return self.epoch * self.steps_per_epoch + self.step
 
+    @property
+    def skips(self) -> bool:
+        """Whether the step that has just been done was left out."""
+        return bool(self.skipped) and self.skipped[-1] == self.steps_done
+
     def count_step(self, values: dict[str, Tensor]) -> None:
-        """Count a step, and add its losses, and whatever else is logged, to the epoch's sums."""
-        self.sums = {name: value + self.sums[name] if name in self.sums else value for name, value in values.items()}
+        """Count a step, and add its losses, and whatever else is logged, to the epoch's sums; one left out has none."""
+        if not self.skips:
+            sums = self.sums
+            self.sums = {name: value + sums[name] if name in sums else value for name, value in values.items()}
         self.step += 1
 
     def end_epoch(self) -> dict[str, float]:
         """Go on to the next epoch; returns the means over this one's steps, for which it waits for the device.
 
-        Raises: UserError when a loss or a weight is not finite.
+        Raises: UserError when a loss or a weight is not finite, or all steps were left out.
         """
-        means = {name: (total / self.step).item() for name, total in self.sums.items()}
+        steps = self.step - sum(number >= self.epoch * self.steps_per_epoch for number in self.skipped)
+        if not steps:
+            raise UserError(f"no step of epoch {self.epoch + 1} had a finite gradient: try a smaller --lr")
+        means = {name: (total / steps).item() for name, total in self.sums.items()}
         self.check_losses(means)
         self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
         self.check_weights()
@@ -133,7 +145,7 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.sums = {name: total.to(device) for name, total in state["sums"].items()}
         self.epoch, self.step = state["epoch"], state["step"]
-        self.records = state["records"]
+        self.records, self.skipped = state["records"], state["skipped"]
         self.seconds, self.train_seconds = state["seconds"], state["train_seconds"]
         self.sessions = [*state["sessions"], *self.sessions]
         rng = state["rng"][processes.rank]

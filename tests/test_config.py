@@ -80,7 +80,7 @@ WORDS = {
     "recipe": "paper", "source": "usps", "target": "optdigits", "method": "target-only", "network": "paper-mnist",
     "normalisation": "mean", "augmentation": "none", "optimizer": "sgd", "lr_schedule": "time-decay",
     "lambda_schedule": "rise-and-fall", "lambda_update": "epoch", "domain_loss": "mean", "adversary": "marginal",
-    "teacher_views": "both", "precision": "bf16",
+    "teacher_views": "both", "precision": "bf16", "on_nan": "skip",
 }  # fmt: skip
 KINDS = {bool: ([], False), int: (["7"], 7), float: (["1.25e-1"], 0.125), tuple: (["1", "2"], (1, 2))}
 DEFAULTS = all_settings(recipe_config("modern")) | all_settings(recipe_config("dann"))

@@ -14,9 +14,21 @@ import sys
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, go_on, interrupt_after, records_of, run_as_process, state_of, the_error
+from conftest import (
+    ROOT,
+    go_on,
+    interrupt_after,
+    records_of,
+    result_of,
+    run_as_process,
+    state_of,
+    the_error,
+    train,
+    weights_of,
+)
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -184,6 +196,52 @@ def test_what_is_not_finite_after_the_last_step_is_named_and_not_kept(monkeypatc
     message, folder = fail_to_train("--recipe", "modern", "--network", "modern", "--epoch-steps", 2, "--epochs", 1)
     assert re.search(told, message)
     assert not {path.name for path in folder.iterdir()} & {"last.pt", "result.json", "model.safetensors"}
+
+
+def test_steps_with_a_gradient_that_is_not_finite_are_left_out_on_request(monkeypatch, tiny_data, tmp_path, capsys):
+    """They are named, change no weight and count in no mean; that a run has left some out is in its result."""
+    original, losses = main.DannObjective.forward, []
+
+    def spoil(objective, *arguments):
+        named, others = original(objective, *arguments)
+        losses.append(named["loss_label"].item())
+        return (named | {"loss_label": named["loss_label"] * (float("inf") if len(losses) == 2 else 1)}), others
+
+    monkeypatch.setattr(main.DannObjective, "forward", spoil)
+    settings = ("--network", "small", "--batch-size", 16, "--epochs", 2, "--precision", "fp32", "--on-nan", "skip")
+    folder = tmp_path / "run"
+    train(*settings, "--data-dir", tiny_data, "--run-dir", folder, "--device", "cpu", "--no-download")
+    assert "warning: step 1 (epoch 1) is left out" in capsys.readouterr().err
+    assert result_of(folder)["skipped_steps"] == 1
+    means = [np.mean([losses[0], *losses[2:4]]), np.mean(losses[4:])]
+    assert [record["loss_label"] for record in records_of(folder)] == pytest.approx(means, rel=1e-5)
+    assert all(value.isfinite().all() for value in weights_of(folder).values())
+    monkeypatch.setattr(main.DannObjective, "forward", lambda *arguments: spoil_all(original(*arguments)))
+    with pytest.raises(UserError, match="no step of epoch 1 had a finite gradient"):
+        train(*settings, "--data-dir", tiny_data, "--run-dir", tmp_path / "other", "--device", "cpu", "--no-download")
+
+
+def spoil_all(outcome):
+    losses, others = outcome
+    return {name: loss * float("nan") for name, loss in losses.items()}, others
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_is_named_with_what_takes_less(monkeypatch, fail_to_train, error):
+    def step(*_):
+        raise error
+
+    monkeypatch.setattr(main, "step", step)
+    message, _ = fail_to_train()
+    assert "out of memory" in message
+    assert "--batch-size" in message
 
 
 def test_the_checkpoint_before_a_loss_that_is_not_finite_stays(monkeypatch, fail_to_train):

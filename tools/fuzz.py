@@ -148,7 +148,8 @@ def state() -> dict:
     torch.manual_seed(0)
     names = ("config", "use", "data", "steps_per_epoch", "dry_run", "sessions", "epoch", "step", "sums", "seconds")
     return {
-        **{name: {} for name in names}, "records": [], "use": usage(Config(), Preprocessing(32), CLASS_NAMES, {}),
+        **{name: {} for name in names}, "records": [], "skipped": [],
+        "use": usage(Config(), Preprocessing(32), CLASS_NAMES, {}),
         "train_seconds": 1.0, "teacher": None, "optimizer": {}, "rng": [],
         "model": build_network("small").state_dict(),
     }  # fmt: skip

@@ -40,7 +40,7 @@ BY_SOURCE = "target_correct_by_source_statistics"  # only of source only, by a n
 
 # Settings that a record also has at its top, where the precision is the one used; and those of `modern` as a whole,
 # which are looked at one by one.
-NOT_COMPARED = {"source", "target", "method", "recipe", "seed", "epochs", "precision", "modern"}
+NOT_COMPARED = {"source", "target", "method", "recipe", "seed", "epochs", "precision", "modern", "on_nan"}
 # Settings that change nothing in a bound: those of gradient reversal, and of the teacher all but its average.
 ADAPTATION = {
     "lambda_max", "lambda_schedule", "lambda_update", "clip_norm", "balance_classes", "domain_loss",

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import functools
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -114,6 +115,10 @@ def run_script(main: Callable[[], None]) -> None:
                 raise
             _discard_output(sys.stdout.fileno())
             raise UserError(f"{error.strerror}: free some and run it again") from None
+        except (MemoryError, RuntimeError) as error:  # torch's are of the latter kind
+            if not (isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error))):
+                raise
+            raise UserError("out of memory: end other programs, or train with a smaller --batch-size") from None
     except (UserError, Interrupted, KeyboardInterrupt, BrokenPipeError) as error:
         if isinstance(error, BrokenPipeError):  # `... | head` closed the pipe: nobody reads on
             _discard_output(sys.stdout.fileno())

@@ -75,6 +75,7 @@ def result_record(run: Run, config: Config, pair: Pair, source: Evaluation, targ
         **pair.marks,
         "dry_run": run.dry_run,
         "steps": steps,
+        "skipped_steps": len(run.skipped),
         "operations": adapted * operations_of_step(config, True, classes)
         + (steps - adapted) * operations_of_step(config, False, classes),
         "seconds_to": seconds_to(run.records),

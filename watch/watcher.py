@@ -94,6 +94,11 @@ class Watcher:
         """
         lambda_p = lambda_p if "loss_domain" in values else 0.0
         number = run.steps_done
+        if run.skips:
+            warning = f"step {number} (epoch {run.epoch + 1}) is left out: its gradient is not finite"
+            say(f"warning: {warning}")
+            self.log.text(f"skipped/step_{number}", warning)
+            return
         logs = number % LOG_EVERY_STEPS == 0
         if logs or self.classifier.device.type == "cpu":
             numbers = {name: value.item() for name, value in values.items()}
