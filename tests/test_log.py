@@ -66,6 +66,16 @@ def test_resuming_drops_later_events_and_keeps_earlier_ones(tmp_path):
     assert [event.step for event in events.Images("images/source")] == [0]
 
 
+def test_a_log_that_starts_again_shows_nothing_of_what_was_killed_before_its_first_checkpoint(tmp_path):
+    for value in (1.0, 2.0):
+        log = RunLog(tmp_path)
+        log.scalars(0, {"train/loss_label": value})
+        log.close()
+        for file in (tmp_path / "tensorboard").iterdir():  # named by the second, as if a minute had passed
+            file.rename(file.with_name(file.name + f".{value}"))
+    assert [event.value for event in events_of(tmp_path).Scalars("train/loss_label")] == [2.0]
+
+
 def test_images_are_stretched_to_full_range(tmp_path):
     """Inputs of zero mean are negative in half of their pixels; the picture shows them from black to white."""
     x = torch.linspace(-3, -1, 64).view(1, 1, 8, 8).expand(2, 3, 8, 8)

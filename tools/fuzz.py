@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import struct
 import sys
@@ -98,7 +99,9 @@ def damage(data: bytes, rng: random.Random) -> bytes:
         changed[at : at + 4] = struct.pack(rng.choice("<>") + "I", rng.choice(HUGE))
     else:
         number = str(rng.choice((-1, 0, 10**6, 10**12, 10**400, float("nan"), 1e-320))).encode()
-        changed[at : at + len(number)] = number
+        written = list(re.finditer(rb"\d+", data[:4096]))
+        first, last = rng.choice(written).span() if written else (at, at + len(number))
+        changed[first:last] = number
     return bytes(changed)
 
 

@@ -143,9 +143,10 @@ def soak_training(folder: Path, data_dir: Path, rng: random.Random, most: int, w
         moment = rng.choice(list(MOMENTS))
         if pattern := MOMENTS[moment]:
             skip, seen = rng.randrange(4), [state_of(folder, pattern)]
-            due, delay = functools.partial(changed, folder, pattern, skip, seen), rng.uniform(0, 0.02)
+            due: Callable[[], bool] = functools.partial(changed, folder, pattern, skip, seen)
+            delay = rng.uniform(0, 0.02)
         else:
-            due, delay = lambda: True, rng.uniform(0, seconds)
+            due, delay = at_once, rng.uniform(0, seconds)
         if kill_when(process, due, delay):
             kills[moment] += 1
         elif process.returncode:
@@ -156,6 +157,11 @@ def soak_training(folder: Path, data_dir: Path, rng: random.Random, most: int, w
         finished = kept
     compare(folder, whole)
     return kills
+
+
+def at_once() -> bool:
+    """For a kill whose moment is its delay alone."""
+    return True
 
 
 def state_of(folder: Path, pattern: str) -> tuple:
@@ -182,7 +188,7 @@ def soak_download(folder: Path, rng: random.Random, kills: int) -> Counter:
             path = folder / f"download-{done.total()}" / "file"
             while not path.exists():
                 process = start(["-c", DOWNLOAD, url, str(path), f"sha256:{known}"])
-                if kill_when(process, lambda: True, rng.uniform(0, 1.5 * FILE_BYTES / BYTES_A_SECOND)):
+                if kill_when(process, at_once, rng.uniform(0, 1.5 * FILE_BYTES / BYTES_A_SECOND)):
                     done["download"] += 1
                 elif process.returncode:
                     raise Fault(f"the download ended with {process.returncode}")
@@ -235,10 +241,28 @@ def soak_report(folder: Path, rng: random.Random, kills: int) -> Counter:
         for page, text in zip(pages, stale, strict=True):
             page.write_text(text)
         process = start(["-m", "tools.report"], copy)
-        done["report"] += kill_when(process, lambda: True, rng.uniform(0.5 * seconds, seconds))
+        done["report"] += kill_when(process, at_once, rng.uniform(0.5 * seconds, seconds))
         if any(page.read_text() not in both for page, both in zip(pages, zip(stale, fresh, strict=True), strict=True)):
             raise Fault("a page is neither the old one nor the new one")
     return done
+
+
+def soak_memory(folder: Path, data_dir: Path) -> dict:
+    """Resident memory and open files of a training of 50 epochs, after the fifth and at the end (Linux)."""
+    words = [*TRAINING, "--epochs", "50", "--run-dir", str(folder), "--data-dir", str(data_dir)]
+    process, seen = start(words), dict[int, tuple[float, int]]()
+    about = Path(f"/proc/{process.pid}")
+    while process.poll() is None:
+        with contextlib.suppress(OSError, StopIteration):
+            line = next(line for line in (about / "status").read_text().splitlines() if line.startswith("VmRSS"))
+            seen[len(lines_of(folder))] = int(line.split()[1]) / 1024, len(list((about / "fd").iterdir()))
+        time.sleep(0.05)
+    (early, files), (late, files_late) = seen[5], seen[49]
+    found = {"megabytes_after_5": round(early, 1), "megabytes_after_49": round(late, 1)}
+    found |= {"files_after_5": files, "files_after_49": files_late}
+    if process.returncode or late > 1.05 * early or files_late > files:
+        raise Fault(f"50 epochs take more and more: {found}")
+    return found
 
 
 def main() -> None:
@@ -252,6 +276,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100, metavar="N", help="of trainings (default: %(default)s)")
     parser.add_argument("--downloads", type=int, default=20, metavar="N", help="killed ones (default: %(default)s)")
     parser.add_argument("--reports", type=int, default=10, metavar="N", help="killed ones (default: %(default)s)")
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True,
+                        help="look at the memory of 50 epochs, too (default: yes)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments (default: %(default)s)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="(default: %(default)s)")
     parser.add_argument("--record", type=Path, metavar="FILE", help="write the counts into this JSON file")
@@ -275,17 +301,21 @@ def main() -> None:
                 here = soak_training(folder / f"killed-{trainings}", data_dir, rng, left, whole, seconds)
                 kills += here
                 bar.update(here.total())
+            memory = soak_memory(folder / "memory", data_dir) if args.memory else {}
             kills += soak_download(folder, rng, args.downloads) + soak_report(folder, rng, args.reports)
         except Fault as fault:
             raise UserError(f"{fault} (seed {args.seed}, after {kills.total()} kills)") from None
     record = {
         "kills": dict(kills), "kills_in_all": kills.total(), "trainings": trainings, "lost_epochs": 0,
         "differing_weights": 0, "seconds": round(time.monotonic() - began), "seed": args.seed,
-        "machine": machine.describe(torch.device("cpu")), "commit": machine.commit(), "versions": machine.versions(),
+        "memory": memory, "machine": machine.describe(torch.device("cpu")), "commit": machine.commit(),
+        "versions": machine.versions(),
     }  # fmt: skip
     for moment, count in kills.items():
         print(f"{count:4d} kills: {moment}")
     print(f"{kills.total()} kills, {trainings} trainings, nothing lost, no bit differs")
+    if memory:
+        print("  ".join(f"{name} {value}" for name, value in memory.items()))
     if args.record:
         write_json(args.record, record)
         print(f"wrote {args.record}")

@@ -35,7 +35,7 @@ class _Fault(Exception):
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects to http and https, from https to https alone."""
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
         """See the base class."""
         if urlsplit(newurl).scheme not in (("https",) if req.type == "https" else ("http", "https")):
             raise urllib.error.URLError(f"it redirects to {urlsplit(newurl).scheme}")

@@ -38,7 +38,7 @@ class RunLog:
         try:
             self.folder.mkdir(exist_ok=True)
             self._forget_embeddings(resume_step)
-            self.writer = SummaryWriter(str(self.folder), purge_step=resume_step or None, max_queue=10_000)
+            self.writer = SummaryWriter(str(self.folder), purge_step=resume_step, max_queue=10_000)
         except OSError as error:
             raise self._cannot_write(self.folder, error) from None
 
