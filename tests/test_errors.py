@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import shutil
 import struct
 import subprocess
@@ -347,6 +348,18 @@ def test_full_disk_for_tensorboard(tiny_data, tmp_path):
     message = the_error(done.stderr)
     assert "tensorboard" in message
     assert DISK_FULL.strerror in message
+    assert_nothing_half_written(tmp_path / "run")
+
+
+@pytest.mark.parametrize("most", [20_000, 400_000])
+def test_a_quota_ends_a_run_with_one_line(tiny_data, tmp_path, most):
+    """Files may have so many bytes: fewer than the events, or than the checkpoint."""
+    arguments = (*SMALL, "--epochs", 2, "--data-dir", tiny_data, "--run-dir", tmp_path / "run")
+    done = run_as_process(
+        "main.py", *arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    )
+    assert done.returncode == 1, done.stderr
+    assert "free some space" in the_error(done.stderr)
     assert_nothing_half_written(tmp_path / "run")
 
 

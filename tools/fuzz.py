@@ -44,7 +44,7 @@ from tools.figure_data import ALWAYS, read_records
 from utils import machine, pretrained
 from utils.checkpoint import save_checkpoint, save_weights
 from utils.cli import UserError, run_script, say, script_parser
-from utils.files import checksum, make_folder, write_json
+from utils.files import add_to_json, checksum, make_folder
 from utils.pictures import open_picture, pages_in
 
 CPU = torch.device("cpu")
@@ -317,7 +317,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--keep", type=Path, default=Path("runs/fuzz"), metavar="DIR",
                         help="where files go that show a fault (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--record", type=Path, metavar="FILE", help="write the counts into this JSON file")
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", help="write the counts into this JSON file, under `damaged files`"
+    )
     args: argparse.Namespace = parser.parse_args()
     counts, faults = {}, 0
     for name in tqdm(args.readers, "readers", disable=None):
@@ -326,7 +328,7 @@ def main() -> None:
         print(f"{name:24s} {outcomes['refused']:6d} refused {outcomes['read']:6d} read {found:4d} faults", flush=True)
     if args.record:
         about = {"machine": machine.describe(torch.device("cpu")), "commit": machine.commit(), "seed": args.seed}
-        write_json(args.record, about | {"files_a_reader": args.files, "readers": counts})
+        add_to_json(args.record, "damaged files", about | {"files_a_reader": args.files, "readers": counts})
     if faults:
         raise UserError(f"{faults} of the damaged files show a fault: they are in {args.keep}")
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from methods.run import read_state
 from utils import machine
 from utils.cli import UserError, run_script, say, script_parser
-from utils.files import write_json
+from utils.files import add_to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 MACHINE = ["--device", "cpu", "--threads", "1", "--no-download"]
@@ -280,7 +280,9 @@ def main() -> None:
                         help="look at the memory of 50 epochs, too (default: yes)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments (default: %(default)s)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="(default: %(default)s)")
-    parser.add_argument("--record", type=Path, metavar="FILE", help="write the counts into this JSON file")
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", help="write the counts into this JSON file, under `kills`"
+    )
     args: argparse.Namespace = parser.parse_args()
     rng, data_dir = random.Random(args.seed), args.data_dir.resolve()
     kills: Counter[str] = Counter()
@@ -317,7 +319,7 @@ def main() -> None:
     if memory:
         print("  ".join(f"{name} {value}" for name, value in memory.items()))
     if args.record:
-        write_json(args.record, record)
+        add_to_json(args.record, "kills", record)
         print(f"wrote {args.record}")
 
 

@@ -35,6 +35,12 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, lambda file: file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n"))
 
 
+def add_to_json(path: Path, key: str, value: object) -> None:
+    """Put a value under a key of a JSON file, which is made where it is missing."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    write_json(path, known | {key: value})
+
+
 def checksum(path: Path, algorithm: str) -> str:
     """The checksum of a file's bytes, "md5" or "sha256", in hexadecimal; raises OSError when it cannot be read."""
     value = hashlib.new(algorithm)
