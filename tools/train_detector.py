@@ -21,12 +21,13 @@ from annotate.detector import NONE, Detector
 from digits.domains import load_domain
 from digits.mnist_m import read_photographs
 from methods.classifier import load_classifier
+from methods.options import run_folder_made
 from tools.scenes import IGNORED, Material, Scenes
 from tools.strips import numbers
 from utils import machine
 from utils.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from utils.cli import Interrupted, UserError, run_script, say, script_parser, stop_on_signals
-from utils.files import make_folder, write_json
+from utils.files import write_json
 from watch.log import RunLog
 
 HELD_OUT = 5000  # of SVHN's and MNIST's training digits each, the last: for thresholds and calibration
@@ -121,12 +122,12 @@ def train(settings: Settings, folder: Path, state: dict | None, material: Materi
     torch.manual_seed(settings.seed)
     model = Detector().to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
-    done, seconds, sums = 0, 0.0, torch.zeros(4)
+    done, seconds, sums, records = 0, 0.0, torch.zeros(4), []
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        done, seconds, sums = state["step"], state["seconds"], state["sums"]
-    log = RunLog(folder, done, done // LOG_EVERY_STEPS)
+        done, seconds, sums, records = (state[key] for key in ("step", "seconds", "sums", "records"))
+    log = RunLog(folder, done, records)
     scenes = DataLoader(
         Scenes(material, settings.seed), settings.batch_size, num_workers=1,
         sampler=range(done * settings.batch_size, settings.steps * settings.batch_size),
@@ -152,7 +153,8 @@ def train(settings: Settings, folder: Path, state: dict | None, material: Materi
                 values = dict(zip(names, (sums / LOG_EVERY_STEPS).tolist(), strict=True))
                 sums.zero_()
                 log.scalars(step, {f"train/{name}": value for name, value in values.items()})
-                log.epoch({"step": step, **values, "seconds": round(time.monotonic() - began, 1)})
+                records.append({"step": step, **values, "seconds": round(time.monotonic() - began, 1)})
+                log.epoch(records[-1])
                 say(f"step {step:5d}/{settings.steps}  " + "  ".join(f"{k} {v:.3f}" for k, v in values.items()))
                 if step == LOG_EVERY_STEPS:
                     log.images("scenes", step, images[:32], 8)
@@ -161,6 +163,7 @@ def train(settings: Settings, folder: Path, state: dict | None, material: Materi
                 state = {
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(), "settings": asdict(settings),
                     "step": step, "seconds": time.monotonic() - began, "sums": sums,
+                    "records": records,
                 }  # fmt: skip
                 save_checkpoint(folder / "last.pt", state)
             if stopping:
@@ -217,9 +220,9 @@ def main() -> None:
         precision = machine.choose_precision("auto", device)
         settings = Settings(args.steps, 32, 2e-3, 0.02, args.seed, args.labels, precision)
     material = material_of(args.data_dir, settings.labels, device)
-    make_folder(folder)
-    write_json(folder / "config.json", asdict(settings))
-    record = train(settings, folder, state, material, device)
+    with run_folder_made(folder):
+        write_json(folder / "config.json", asdict(settings))
+        record = train(settings, folder, state, material, device)
     print(f"wrote {folder / 'detector.safetensors'} after {record['seconds']:.0f} s")
 
 
