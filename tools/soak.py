@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import random
@@ -184,8 +185,10 @@ def soak_download(folder: Path, rng: random.Random, kills: int) -> Counter:
     known = hashlib.sha256(content).hexdigest()
     done: Counter[str] = Counter()
     with served(content) as url:
-        while done.total() < kills:
-            path = folder / f"download-{done.total()}" / "file"
+        for number in itertools.count():
+            if done.total() >= kills:
+                break
+            path = folder / f"download-{number}" / "file"
             while not path.exists():
                 process = start(["-c", DOWNLOAD, url, str(path), f"sha256:{known}"])
                 if kill_when(process, at_once, rng.uniform(0, 1.5 * FILE_BYTES / BYTES_A_SECOND)):
