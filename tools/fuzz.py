@@ -328,7 +328,8 @@ def main() -> None:
         print(f"{name:24s} {outcomes['refused']:6d} refused {outcomes['read']:6d} read {found:4d} faults", flush=True)
     if args.record:
         about = {"machine": machine.describe(torch.device("cpu")), "commit": machine.commit(), "seed": args.seed}
-        add_to_json(args.record, "damaged files", about | {"files_a_reader": args.files, "readers": counts})
+        about |= {"files_a_reader": args.files, "readers": counts}
+        add_to_json(args.record, {"kind": "reliability", "damaged files": about})
     if faults:
         raise UserError(f"{faults} of the damaged files show a fault: they are in {args.keep}")
 

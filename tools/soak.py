@@ -322,7 +322,7 @@ def main() -> None:
     if memory:
         print("  ".join(f"{name} {value}" for name, value in memory.items()))
     if args.record:
-        add_to_json(args.record, "kills", record)
+        add_to_json(args.record, {"kind": "reliability", "kills": record})
         print(f"wrote {args.record}")
 
 

@@ -35,10 +35,10 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, lambda file: file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n"))
 
 
-def add_to_json(path: Path, key: str, value: object) -> None:
-    """Put a value under a key of a JSON file, which is made where it is missing."""
+def add_to_json(path: Path, values: dict) -> None:
+    """Put values into the object of a JSON file, which is made where it is missing."""
     known = json.loads(path.read_text()) if path.exists() else {}
-    write_json(path, known | {key: value})
+    write_json(path, known | values)
 
 
 def checksum(path: Path, algorithm: str) -> str:
