@@ -14,7 +14,7 @@ from methods.classifier import Classifier
 
 SINGLE_SIDE = 32  # pixels: no larger picture of the domains exists, and in a smaller one there is nothing to search
 FAINTEST = 16  # of 255: a small picture whose pixels differ by less is blank
-MIN_CONFIDENCE, DETECTOR_SHARE = 0.7, 0.7  # chosen on pictures made of held-out digits, with tools.score_annotation
+MIN_CONFIDENCE, DETECTOR_SHARE = 0.7, 0.7  # chosen with tools.score_annotation: see docs/annotate.md
 # How the domains that show digits light on dark frame them: the share of the side that a digit takes, and where its
 # centre of mass stands (None: its box is in the middle). MNIST's own numbers, confirmed on its training digits.
 FRAMES = {"mnist": (20 / 28, 14.5 / 28), "usps": (1.0, None), "optdigits": (1.0, None)}
