@@ -185,7 +185,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = script_parser(
         description=__doc__,
         epilog="examples:\n"
-        "  python -m tools.train_detector                          an hour on two cores with bf16\n"
+        "  python -m tools.train_detector                          an hour on a core with bf16\n"
         "  python -m tools.train_detector --resume runs/detector   go on after an interruption",
     )
     parser.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="(default: %(default)s)")
