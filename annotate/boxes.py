@@ -8,12 +8,11 @@ def overlap(a: Box, b: Box) -> bool:
     return min(a[2], b[2]) > max(a[0], b[0]) and min(a[3], b[3]) > max(a[1], b[1])
 
 
-def same_place(a: Box, b: Box) -> bool:
-    """Whether two boxes show the same thing: what they share is at least 0.3 of what they cover together."""
-    sides = (min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1]))
-    common = max(0, sides[0]) * max(0, sides[1])
+def intersection_over_union(a: Box, b: Box) -> float:
+    """What two boxes share, as a part of what they cover together; from 0 to 1."""
+    common = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
     areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (a, b)]
-    return common >= 0.3 * (sum(areas) - common) > 0
+    return common / max(1, sum(areas) - common)
 
 
 def reading_order(boxes: list[Box]) -> list[list[int]]:

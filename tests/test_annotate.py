@@ -16,6 +16,7 @@ from conftest import run_as_process
 from PIL import Image, ImageDraw
 
 import image_annotate
+from annotate.boxes import intersection_over_union
 from annotate.classify import classify, is_single, shown
 from annotate.detector import detect, load_detector
 from annotate.draw import draw_digits
@@ -26,7 +27,7 @@ from image_annotate import IMAGES
 from methods.classifier import load_classifier, usage
 from methods.networks import build_network
 from methods.recipes import Config
-from tools.compose import compose, hits, overlap
+from tools.compose import compose, hits
 from utils.checkpoint import save_weights
 from utils.cli import UserError
 from utils.pictures import open_picture
@@ -119,7 +120,7 @@ def test_annotating_in_a_process(note, composed, tmp_path):
     right = 0
     for digit, true, place in zip(document["digits"], composed.digits, composed.boxes, strict=True):
         assert list(digit) == ["digit", "confidence", "box"]
-        assert overlap(digit["box"], place) > 0.6
+        assert intersection_over_union(digit["box"], place) > 0.6
         assert 0 <= digit["confidence"] <= 1
         right += digit["digit"] == true
     assert right >= 0.9 * len(composed.digits)

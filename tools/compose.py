@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFilter
 
+from annotate.boxes import Box, intersection_over_union
+
 
 @dataclass(frozen=True)
 class Composed:
@@ -72,17 +74,13 @@ def photograph(cover: np.ndarray, rng: np.random.Generator) -> Image.Image:
     return Image.open(file).convert("RGB")
 
 
-def overlap(a: tuple[int, ...], b: tuple[int, ...]) -> float:
-    """Intersection over union of two boxes."""
-    shared = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
-    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
-
-
-def hits(found: list, true: list) -> list[tuple[int, int]]:
-    """Pairs (i, j): found[i] is the box for true[j]. Their overlap is at least 0.5; each box is used once."""
-    pairs = sorted(((overlap(a, b), i, j) for i, a in enumerate(found) for j, b in enumerate(true)), reverse=True)
+def hits(found: list[Box], true: list[Box], least: float = 0.5) -> list[tuple[int, int]]:
+    """Pairs (i, j): found[i] is the box for true[j]. Their overlap is at least `least`; each box is used once."""
+    pairs = sorted(
+        ((intersection_over_union(a, b), i, j) for i, a in enumerate(found) for j, b in enumerate(true)), reverse=True
+    )
     matched: dict[int, int] = {}
     for share, i, j in pairs:
-        if share >= 0.5 and i not in matched and j not in matched.values():
+        if share >= least and i not in matched and j not in matched.values():
             matched[i] = j
     return sorted(matched.items())

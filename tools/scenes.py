@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from annotate.detector import CLASSES, LARGEST_HEIGHT, LEAST_HEIGHT, NONE, SHIFT, STRIDE, USUAL_BOX
 from digits.synth import FACES
+from tools.compose import cut_out
 from tools.strips import SIDE as CROP
 from tools.strips import Number, Strip, put_together
 
@@ -248,13 +249,6 @@ def ink_on(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if abs(ink.mean() - light) < 70:
         ink += 90 if light < 128 else -90
     return ink.clip(0, 255)
-
-
-def cut_out(image: np.ndarray) -> Image.Image:
-    """A digit without the empty rows and columns around it. Shape: (H, W) uint8, light on black"""
-    ink = image > 64
-    rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
-    return Image.fromarray(image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
 
 
 def take(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -20,12 +20,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-from annotate.boxes import Box, same_place
+from annotate.boxes import Box
 from annotate.classify import MIN_CONFIDENCE, Digit, classify
 from annotate.detector import detect, load_detector
 from digits.domains import load_domain
 from methods.classifier import load_classifier
-from tools.compose import compose, overlap
+from tools.compose import compose, hits
 from tools.scenes import make_picture
 from tools.train_detector import material_of
 from utils import machine
@@ -34,6 +34,7 @@ from utils.files import write_json
 from utils.pictures import open_picture
 from watch.plots import REFERENCE, STYLE, new_figure, save_figure
 
+SAME_PLACE = 0.3  # least overlap of a box and the true one
 CONFIDENCES = (0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.8, 0.9)
 BOUNDS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.01)  # of confidence, in the reliability diagram
 Truth = list[tuple[int, Box]]
@@ -52,14 +53,7 @@ class Score:
 
     def add(self, found: list[Digit], true: Truth) -> list[bool]:
         """Count a picture; which of the found digits are right."""
-        pairs = sorted(
-            ((overlap(digit.box, box), i, j) for i, digit in enumerate(found) for j, (_, box) in enumerate(true)),
-            reverse=True,
-        )
-        places: dict[int, int] = {}
-        for _, i, j in pairs:
-            if same_place(found[i].box, true[j][1]) and i not in places and j not in places.values():
-                places[i] = j
+        places = dict(hits([digit.box for digit in found], [box for _, box in true], SAME_PLACE))
         right = [i in places and digit.name == str(true[places[i]][0]) for i, digit in enumerate(found)]
         self.pictures += 1
         self.true += len(true)

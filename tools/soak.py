@@ -311,8 +311,9 @@ def main() -> None:
         except Fault as fault:
             raise UserError(f"{fault} (seed {args.seed}, after {kills.total()} kills)") from None
     record = {
-        "kills": dict(kills), "kills_in_all": kills.total(), "trainings": trainings, "lost_epochs": 0,
-        "differing_weights": 0, "seconds": round(time.monotonic() - began), "seed": args.seed,
+        "kills": dict(kills), "kills_in_all": kills.total(), "trainings": trainings,
+        "lost_epochs": 0, "differing_weights": 0,  # any other number has raised Fault
+        "seconds": round(time.monotonic() - began), "seed": args.seed,
         "memory": memory, "machine": machine.describe(torch.device("cpu")), "commit": machine.commit(),
         "versions": machine.versions(),
     }  # fmt: skip
