@@ -49,8 +49,8 @@ def export(classifier: Classifier, kind: str, folder: Path) -> Path:
     make_folder(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporters about themselves
+        program = torch.export.export(network, (example,), dynamic_shapes=shapes)
         if kind == "torch":
-            program = torch.export.export(network, (example,), dynamic_shapes=shapes)
             archive = io.BytesIO()
             torch.export.save(program, archive)
             write_atomically(path, lambda file: file.write_bytes(archive.getvalue()))
@@ -61,11 +61,9 @@ def export(classifier: Classifier, kind: str, folder: Path) -> Path:
         except ImportError as error:
             command = "pip install onnx onnxscript onnxruntime"
             raise UserError(f"--export onnx needs the package {error.name}: run `{command}`") from None
-        names, outputs = ["images"], ["probabilities"]
         model = torch.onnx.export(
-            network, (example,), None, verbose=False, input_names=names, output_names=outputs, dynamic_shapes=shapes,
-            dynamo=True,
-        )  # fmt: skip
+            program, (), None, verbose=False, dynamo=True, input_names=["images"], output_names=["probabilities"]
+        )
         assert model is not None
         model.model.metadata_props["classes"] = json.dumps(classifier.classes)
         write_atomically(path, lambda file: model.save(file))

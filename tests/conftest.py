@@ -27,6 +27,9 @@ from watch.board import Board
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_COUNTS = {"svhn": (40, 23), "mnist": (64, 37), "usps": (30, 11)}  # training and test images of `tiny_data`
+compiled_for_all_lambdas = pytest.mark.skipif(
+    torch.__version__ < "2.13", reason="earlier versions than torch 2.13 compile anew for each λ"
+)
 DRAWN = {
     name: getattr(Board, name) for name in ("compare", "show_features", "show_predictions")
 }  # what draws a run's figures

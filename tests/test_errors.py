@@ -32,6 +32,7 @@ from conftest import (
 )
 from PIL import Image
 from safetensors.torch import save_file
+from torch.torch_version import TorchVersion
 
 import image_annotate
 import main
@@ -91,7 +92,18 @@ def test_settings_and_devices_that_cannot_be(monkeypatch, fail_to_train, argumen
     assert arguments[0] in message
     assert told in message, "it names what works or what is missing"
     assert not folder.exists()
-    machine.check_compiler(torch.device("cuda"))  # there it needs none
+
+
+def test_a_torch_that_compiles_anew_for_each_lambda(monkeypatch, fail_to_train):
+    monkeypatch.setattr(machine.shutil, "which", lambda name: name)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.1+cu130"))
+    message, folder = fail_to_train("--compile")
+    assert "torch 2.13" in message
+    assert "2.12.1" in message
+    assert not folder.exists()
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.13.0"))
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    machine.check_compiler(torch.device("cuda"))  # which needs no C++ compiler
 
 
 def test_weights_cannot_be_tested_on_a_device_that_is_not_there(monkeypatch, fail, tiny_data, quick_run):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import compiled_for_all_lambdas
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -64,6 +65,7 @@ def test_reversal_under_bf16_autocast(lambda_p, rtol):
     torch.testing.assert_close(reversed_gradient, -lambda_p * plain, rtol=rtol, atol=rtol * plain.abs().max().item())
 
 
+@compiled_for_all_lambdas
 @pytest.mark.parametrize(("dynamic", "most_graphs"), [(None, 2), (True, 1)])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_reversal_follows_a_lambda_that_changes(dynamic, most_graphs):

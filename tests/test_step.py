@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import compiled_for_all_lambdas
 from small_run import SmallRun
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -292,6 +293,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(part, label, domain):
         assert words in str(caught.value)
 
 
+@compiled_for_all_lambdas
 @pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 def test_compiled_steps_are_the_plain_ones(monkeypatch, config):
     """Traced and differentiated by the compiler, then run without machine code, which would take a minute to make."""

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -56,16 +57,18 @@ def choose_precision(name: str, device: torch.device) -> str:
     return "bf16" if has_bf16(device) else "fp32"
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """The context in which forward passes run at `precision`."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise UserError when torch.compile would find no C++ compiler for a CPU."""
+    """Raise UserError when torch.compile would find no C++ compiler for a CPU, or compile for each λ_p anew."""
     names = (os.environ.get("CXX") or "g++", "c++", "clang++")
     if device.type == "cpu" and not any(map(shutil.which, names)):
         raise UserError(f"--compile needs a C++ compiler on the CPU ({', '.join(names)}): install one, or leave it out")
+    if torch.__version__ < "2.13":
+        raise UserError(f"--compile needs torch 2.13, here is {torch.__version__}: update it, or leave --compile out")
 
 
 def prepare(device: torch.device) -> None:
