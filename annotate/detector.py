@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from annotate.boxes import Box
 from utils import machine
-from utils.checkpoint import load_into, load_weights
+from utils.checkpoint import check_shapes, load_weights
 from utils.pretrained import find_detector
 
 CLASSES = 10
@@ -95,7 +95,8 @@ def load_detector(device: torch.device, allow_download: bool = True) -> Detector
     path = find_detector(allow_download)
     weights, _ = load_weights(path)
     detector = Detector()
-    load_into(detector, weights, path, "the detector")
+    check_shapes(detector, weights, path, "the detector")
+    detector.load_state_dict(weights)
     return detector.to(device).to(memory_format=torch.channels_last).eval()
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,15 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from data_loader import CLASS_NAMES, Preprocessing
-from methods.networks import build_network, on_device
-from methods.recipes import Config
+from methods.networks import build_network, input_shape, on_device
+from methods.recipes import NORMALISATIONS, Config
 from model import DANN
 from utils import machine
-from utils.checkpoint import load_into, load_weights
+from utils.checkpoint import check_shapes, load_weights
 from utils.cli import UserError
 from utils.pretrained import find_weights
 
 BATCH = 1000
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # characters that a terminal may obey
 
 
 @dataclass(frozen=True)
@@ -129,20 +131,45 @@ def load_classifier(
     path = find_weights(name, allow_download)
     weights, about = load_weights(path)
     try:
-        pixels = about["preprocessing"]
-        preprocess = Preprocessing(**{**pixels, "mean": tuple(pixels["mean"])})
-        classes, network = tuple(about["classes"]), about["network"]
-        trained = about["precision"] if machine.has_bf16(device) else "fp32"
-        details = (about["source"], about["target"], about["training"], path)
-    except (KeyError, TypeError):
+        preprocess = _checked(about)
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError(
             f"{path} does not say what its weights are of: use a file that this version's main.py wrote"
         ) from None
-    try:
-        model = build_network(network, classes=len(classes))
     except UserError as error:
-        raise UserError(f"{path} holds weights of {network!r}, no network of this version: {error}") from None
-    load_into(model, weights, path, network)
+        raise UserError(f"{path} holds weights of no network of this version: {error}") from None
+    network, classes = about["network"], tuple(about["classes"])
+    with torch.device("meta"):  # shapes alone: what is named may be too large for the memory
+        check_shapes(build_network(network, classes=len(classes)), weights, path, network)
+    model = build_network(network, classes=len(classes))
+    model.load_state_dict(weights)
     model = on_device(model, device).eval()
-    precision = trained if precision == "as-trained" else precision
+    if precision == "as-trained":
+        precision = about["precision"] if machine.has_bf16(device) else "fp32"
+    details = (about["source"], about["target"], about["training"], path)
     return Classifier(model, preprocess, device, precision, classes, *details)
+
+
+def _checked(about: dict) -> Preprocessing:
+    """The preprocessing of weights whose `usage` a stranger may have written.
+
+    Raises: UserError where there is no such network; KeyError, TypeError or ValueError for what main.py never writes.
+    """
+    network, pixels, classes = about["network"], about["preprocessing"], about["classes"]
+    if not re.fullmatch(r"[\w:@.-]{1,80}", network):
+        raise ValueError
+    channels, size, _ = input_shape(network)
+    preprocess = Preprocessing(size, pixels["normalisation"], tuple(pixels["mean"]), channels == 1)
+    sound = (
+        asdict(preprocess) == {**pixels, "mean": preprocess.mean}
+        and preprocess.normalisation in NORMALISATIONS
+        and len(preprocess.mean) == 3
+        and all(map(math.isfinite, preprocess.mean))
+        and about["precision"] in ("fp32", "bf16")
+        and not any(map(CONTROL.search, (about["source"], about["target"], *classes)))
+        and len(set(classes)) == len(classes) > 0
+        and isinstance(about["training"], dict)
+    )
+    if not sound:
+        raise ValueError
+    return preprocess

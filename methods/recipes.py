@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 METHODS = ("dann", "source-only", "target-only")
+NORMALISATIONS = ("unit", "mean", "per-image")
 
 
 def _setting(default: Any, group: str, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -75,7 +76,7 @@ class Config:
     normalisation: str = _setting(
         "per-image", "network",
         "unit: [0, 1]; mean: less the mean pixel of both training sets; per-image: zero mean and unit variance each",
-        choices=("unit", "mean", "per-image"),
+        choices=NORMALISATIONS,
     )  # fmt: skip
     dropout: float = _setting(0.0, "network", "dropout probability")
     max_norm: float = _setting(0.0, "network", "bound on the l2 norm of each unit's incoming weights; 0: none")

@@ -3,6 +3,7 @@
 import errno
 import gzip
 import json
+import math
 import os
 import pickle
 import random
@@ -376,6 +377,7 @@ def test_a_quota_ends_a_run_with_one_line(tiny_data, tmp_path, most):
 
 
 ABOUT = usage(Config(precision="fp32"), preprocessing_for(Config()), CLASS_NAMES, {})
+PIXELS = ABOUT["preprocessing"]
 ODD = "classifier.layers.0.bias"
 NOISE = random.Random(0).randbytes(3000)
 
@@ -407,6 +409,21 @@ WEIGHTS_THAT_ARE_NONE = {
     "without classes.safetensors": lambda path: keep(path, classes=None),
     "without preprocessing.safetensors": lambda path: keep(path, preprocessing=None),
     "another preprocessing.safetensors": lambda path: keep(path, preprocessing={"size": 32, "mean": [0, 0, 0]}),
+    "a network that is a number.safetensors": lambda path: keep(path, network=1),
+    "a network with an escape.safetensors": lambda path: keep(path, network="\x1b[31mred"),
+    "a network with a long name.safetensors": lambda path: keep(path, network="small" * 1000),
+    "a network for other sizes.safetensors": lambda path: keep(path, preprocessing=PIXELS | {"image_size": 10**9}),
+    "another number of channels.safetensors": lambda path: keep(path, preprocessing=PIXELS | {"grey": True}),
+    "a mean of text.safetensors": lambda path: keep(path, preprocessing=PIXELS | {"mean": ["0", "0", "0"]}),
+    "a mean that is none.safetensors": lambda path: keep(path, preprocessing=PIXELS | {"mean": [0, 0, math.nan]}),
+    "a mean of four.safetensors": lambda path: keep(path, preprocessing=PIXELS | {"mean": [0, 0, 0, 0]}),
+    "normalised like nothing.safetensors": lambda path: keep(path, preprocessing=PIXELS | {"normalisation": None}),
+    "a precision that is none.safetensors": lambda path: keep(path, precision="fp8"),
+    "no source.safetensors": lambda path: keep(path, source=None),
+    "ten classes of one name.safetensors": lambda path: keep(path, classes=["0"] * 10),
+    "classes that are numbers.safetensors": lambda path: keep(path, classes=list(range(10))),
+    "classes with an escape.safetensors": lambda path: keep(path, classes=[*"012345678", "\x1b]0;9"]),
+    "a record that is none.safetensors": lambda path: keep(path, training="long"),
     "without metadata.safetensors": lambda path: save_file(state(), path),
     "foreign metadata.safetensors": lambda path: save_file(state(), path, {"format": "pt"}),
     "metadata that are no JSON.safetensors": lambda path: save_file(state(), path, {"dann": "{"}),
@@ -442,6 +459,21 @@ def test_weights_that_are_none(monkeypatch, fail, tiny_data, tmp_path, case):
         assert re.search(rf"\b1 of \d+ .*{ODD}.*\(11,\).*\(10,\)", message)
     assert path.read_bytes() == before
     assert not (tmp_path / "trapped").exists(), "a weights file ran code"
+
+
+def test_weights_that_name_a_network_larger_than_the_memory(monkeypatch, fail, tmp_path):
+    """Which is never built: a file of a megabyte must not take more than its due."""
+    devices = []
+
+    def spied(*arguments, **options):
+        devices.append(torch.get_default_device().type)
+        return build_network(*arguments, **options)
+
+    monkeypatch.setattr("methods.classifier.build_network", spied)
+    huge = "torchvision:vit_h_14@518"
+    keep(tmp_path / "weights.safetensors", network=huge, preprocessing=PIXELS | {"image_size": 518})
+    assert huge in fail(valid, "--weights", tmp_path / "weights.safetensors", "--device", "cpu")
+    assert devices == ["meta"]
 
 
 def test_weights_that_are_none_in_a_process(tmp_path):

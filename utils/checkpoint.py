@@ -105,8 +105,8 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
     return weights, about
 
 
-def load_into(model: torch.nn.Module, weights: dict[str, Tensor], path: Path, network: str) -> None:
-    """Put weights into a network; raises UserError when they are another architecture's."""
+def check_shapes(model: torch.nn.Module, weights: dict[str, Tensor], path: Path, network: str) -> None:
+    """Raise UserError when weights are of another architecture than a network's."""
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     theirs = {key: tuple(value.shape) for key, value in weights.items()}
     if shapes != theirs:
@@ -116,4 +116,3 @@ def load_into(model: torch.nn.Module, weights: dict[str, Tensor], path: Path, ne
             f"first {odd[0]} ({theirs.get(odd[0], 'missing')} instead of {shapes.get(odd[0], 'none')}); "
             f"use weights of {network}"
         )
-    model.load_state_dict(weights)
