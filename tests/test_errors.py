@@ -43,6 +43,7 @@ from methods.classifier import usage
 from methods.modern import ModernObjective
 from methods.networks import build_network, preprocessing_for
 from methods.recipes import Config
+from methods.run import Run
 from methods.teacher import Teacher
 from utils import machine, pictures
 from utils.checkpoint import load_weights, save_weights
@@ -302,6 +303,14 @@ def test_full_disk_for_each_file_of_a_run(monkeypatch, fail_to_train, file):
     assert not (folder / file).exists()
     if file in ("model.safetensors", "result.json"):
         assert (folder / "last.pt").exists(), "the training is not lost"
+
+
+def test_a_run_folder_that_is_removed_while_it_is_written(monkeypatch, fail_to_train, tmp_path):
+    interrupt_after(monkeypatch, Run, "count_step", 2, lambda: shutil.rmtree(tmp_path / "run"))
+    message, folder = fail_to_train()
+    assert str(folder) in message
+    assert "No such file or directory" in message
+    assert not folder.exists()
 
 
 def test_full_disk_for_a_later_checkpoint(monkeypatch, fail_to_train, tiny_data):

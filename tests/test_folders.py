@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import go_on, records_of, result_of, run_as_process, state_of, train, weights_of
+from conftest import go_on, interrupt_after, records_of, result_of, run_as_process, state_of, train, weights_of
 from PIL import Image, ImageDraw
 
 import image_annotate
@@ -18,6 +18,7 @@ from data_loader import UNLABELLED, Preprocessing
 from digits import folders
 from digits.domains import load_domain, load_pair
 from digits.folders import load_folder
+from methods.run import Run
 from utils.cli import UserError, say_once
 from utils.pictures import open_picture
 
@@ -128,6 +129,21 @@ def test_a_target_without_labels_is_trained_on_and_not_tested(capsys, tmp_path):
     assert (result["target_accuracy"], result["target_total"]) == (None, 0)
     assert all(record["target_accuracy"] is None for record in records_of(Path("run")))
     assert json.loads(Path("run/metrics.jsonl").read_text().splitlines()[0])["class_ami"] <= 1
+
+
+def test_pictures_that_are_removed_while_they_are_trained_on(monkeypatch, tmp_path):
+    """The run has them in memory, or mapped, and ends as it would have."""
+    for name in ("scans", "phone"):
+        fill(tmp_path / name, ["a", "b"], 10)
+    words = ("--source", "scans", "--target", "phone", *SMALL)
+    train(*words, "--run-dir", "left")
+    remove = lambda: [shutil.rmtree(name) for name in ("scans", "phone", "kept")]  # noqa: E731
+    interrupt_after(monkeypatch, Run, "count_step", 1, remove)
+    train(*words, "--run-dir", "removed")
+    assert not Path("kept").exists()
+    left, removed = (weights_of(Path(name)) for name in ("left", "removed"))
+    assert all(torch.equal(left[name], removed[name]) for name in left)
+    assert result_of(Path("removed"))["target_correct"] == result_of(Path("left"))["target_correct"]
 
 
 @pytest.mark.parametrize("pretrained", [False, True])
