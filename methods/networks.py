@@ -212,8 +212,8 @@ def build_network(
         LabelClassifier(nn.Sequential(*network.layers("classifier", dropout, classes))),
         network.discriminator(nn.Sequential(*network.layers("discriminator", dropout, classes))),
     )
-    if name == "system-a":
-        model.apply(_initialise_system_a)
+    if name in INITIALISATIONS:
+        model.apply(INITIALISATIONS[name])
     return model
 
 
@@ -236,3 +236,13 @@ def _initialise_system_a(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=0.01)
     if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+def _initialise_system_b(module: nn.Module) -> None:
+    """As Keras does unless told otherwise (Glorot & Bengio 2010); PyTorch's own is too small for it to learn SVHN."""
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+INITIALISATIONS = {"system-a": _initialise_system_a, "system-b": _initialise_system_b}  # where not PyTorch's own

@@ -129,7 +129,18 @@ class Run:
         save_checkpoint(self.folder / "last.pt", state)
 
     def load(self, state: dict[str, Any], device: torch.device, processes: Processes) -> None:
-        """Go on from what `save` wrote; raises UserError where it belongs to other data or more processes."""
+        """Go on from what `save` wrote; raises UserError where that is of other data, processes or versions."""
+        try:
+            self._load(state, device, processes)
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of as many kinds as there are things that another version keeps otherwise
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(
+                f"{self.folder / 'last.pt'} was made by another version of this program ({reason}): train again"
+            ) from None
+
+    def _load(self, state: dict[str, Any], device: torch.device, processes: Processes) -> None:
         if (count := len(state["rng"])) != processes.count:
             launcher = Processes(count=count).launcher
             raise UserError(

@@ -244,6 +244,19 @@ def test_system_a_starts_as_published():
         assert torch.count_nonzero(module.bias) == 0
 
 
+def test_system_b_starts_as_published():
+    """Keras draws from ±√(6 / (fan in + fan out)), biases are zero."""
+    torch.manual_seed(5)
+    for module in build_network("system-b").modules():
+        if not isinstance(module, nn.Linear | nn.Conv2d):
+            continue
+        fans, count = sum(module.weight.shape[:2]) * module.weight[0, 0].numel(), module.weight.numel()
+        bound = math.sqrt(6 / fans)
+        assert bound * (1 - 20 / count) < module.weight.abs().max() <= bound
+        assert module.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=5 / math.sqrt(count))
+        assert torch.count_nonzero(module.bias) == 0
+
+
 # ---- the domain loss
 
 

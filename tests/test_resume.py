@@ -265,6 +265,14 @@ def test_other_data_are_refused_and_nothing_is_lost(fail, stopped_run, tiny_data
     assert files_of(stopped_run) == before
 
 
+@pytest.mark.parametrize("part", ["model", "optimizer", "rng", "sums"])
+def test_a_checkpoint_of_a_version_that_keeps_things_otherwise(fail, tiny_data, half_run, part):
+    state = state_of(half_run)
+    save_checkpoint(half_run / "last.pt", state | {part: ["something else"]})
+    message = fail(main, "--resume", half_run, "--data-dir", tiny_data, *MACHINE[-1:])
+    assert f"{half_run / 'last.pt'} was made by another version" in message
+
+
 def test_a_folder_that_is_no_run_is_refused(fail, tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("no-such-folder", "empty"):
