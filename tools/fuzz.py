@@ -152,14 +152,14 @@ def state() -> dict:
     names = ("config", "use", "data", "steps_per_epoch", "dry_run", "sessions", "epoch", "step", "sums", "seconds")
     return {
         **{name: {} for name in names}, "records": [], "skipped": [],
-        "use": usage(Config(), Preprocessing(32), CLASS_NAMES, {}),
+        "use": usage(Config(precision="fp32"), Preprocessing(32), CLASS_NAMES, {}),
         "train_seconds": 1.0, "teacher": None, "optimizer": {}, "rng": [],
         "model": build_network("small").state_dict(),
     }  # fmt: skip
 
 
 def write_weights(folder: Path) -> None:
-    about = usage(Config(), Preprocessing(32), CLASS_NAMES, {})
+    about = usage(Config(precision="fp32"), Preprocessing(32), CLASS_NAMES, {})
     save_weights(folder / "model.safetensors", build_network("small").state_dict(), about)
 
 
