@@ -239,7 +239,7 @@ def _initialise_system_a(module: nn.Module) -> None:
 
 
 def _initialise_system_b(module: nn.Module) -> None:
-    """As Keras does unless told otherwise (Glorot & Bengio 2010); PyTorch's own is too small for it to learn SVHN."""
+    """As Keras does unless told otherwise (Glorot & Bengio 2010)."""
     if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
