@@ -53,7 +53,7 @@ def ignorant(tmp_path_factory):
     """Weights of a network that has learnt nothing."""
     path = tmp_path_factory.mktemp("ignorant") / "ignorant.safetensors"
     torch.manual_seed(0)
-    about = usage(Config(), Preprocessing(32), CLASS_NAMES, {})
+    about = usage(Config(precision="fp32"), Preprocessing(32), CLASS_NAMES, {})
     save_weights(path, build_network("small").state_dict(), about)
     return path
 
