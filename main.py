@@ -21,9 +21,9 @@ from methods.classifier import Classifier, Evaluation, usage
 from methods.modern import ModernObjective, modern_views
 from methods.networks import build_network, on_device, preprocessing_for
 from methods.optimisation import balancing_weights, freeze, has_finite_gradient, limit_norms, make_optimizer
-from methods.options import DRY_RUN_IMAGES, configure, parse_arguments, resume_command, run_folder, run_folder_made
+from methods.options import DRY_RUN_IMAGES, configure, parse_arguments, resume_command, run_folder
 from methods.recipes import Config, to_dict
-from methods.run import Run
+from methods.run import Run, run_folder_made
 from methods.schedules import learning_rate, reversal_weight
 from methods.teacher import Teacher
 from model import DANN, domain_accuracy, domain_loss, reverse_gradient

@@ -1,11 +1,9 @@
 """The command line of main.py: a flag for each setting, those of the machine, and the checks of all."""
 
 import argparse
-import contextlib
 import dataclasses
 import math
 import shlex
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ from utils import machine
 from utils.checkpoint import PREVIOUS
 from utils.cli import UserError, script_parser
 from utils.distributed import Processes
-from utils.files import locked, make_folder
 
 DRY_RUN_IMAGES = 256
 CHOICES = {"recipe": tuple(RECIPES)}
@@ -219,23 +216,6 @@ def run_folder(args: argparse.Namespace, config: Config) -> Path:
     if any((folder / name).exists() for name in ("last.pt", PREVIOUS, "result.json")):
         raise UserError(f"{folder} holds a run already: go on with `--resume {folder}`, or choose another --run-dir")
     return folder
-
-
-@contextlib.contextmanager
-def run_folder_made(folder: Path) -> Iterator[None]:
-    """Make a run's folder and keep other processes from running in it; what a killed one left half written goes.
-
-    Raises: UserError where another process runs in it, or it can't be written.
-    """
-
-    def refuse() -> None:
-        raise UserError(f"another process trains in {folder}: wait for it to end, or choose another --run-dir")
-
-    make_folder(folder)
-    with locked(folder, refuse):
-        for path in folder.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
-        yield
 
 
 def resume_command(args: argparse.Namespace, folder: Path, processes: Processes) -> str:

@@ -1,6 +1,8 @@
 """The state of a training run, which its checkpoint keeps."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +16,7 @@ from utils import machine
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.cli import UserError
 from utils.distributed import Processes
+from utils.files import locked, make_folder
 
 
 @dataclass
@@ -163,6 +166,23 @@ class Run:
         torch.set_rng_state(rng["cpu"])
         if "cuda" in rng and device.type == "cuda":
             torch.cuda.set_rng_state(rng["cuda"], device)
+
+
+@contextlib.contextmanager
+def run_folder_made(folder: Path) -> Iterator[None]:
+    """Make a run's folder and keep other processes from running in it; what a killed one left half written goes.
+
+    Raises: UserError where another process runs in it, or it can't be written.
+    """
+
+    def refuse() -> None:
+        raise UserError(f"another process trains in {folder}: wait for it to end, or choose another --run-dir")
+
+    make_folder(folder)
+    with locked(folder, refuse):
+        for path in folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+        yield
 
 
 def read_state(folder: Path) -> dict[str, Any]:

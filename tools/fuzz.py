@@ -48,6 +48,7 @@ from utils.files import add_to_json, checksum, make_folder
 from utils.pictures import open_picture, pages_in
 
 CPU = torch.device("cpu")
+ABOUT = usage(Config(precision="fp32"), Preprocessing(32), CLASS_NAMES, {})  # beside the weights
 SECONDS, MEGABYTES = 10.0, 1024  # that one file may take
 HUGE = (2**31 - 1, 2**32 - 1, 2**30, 2**24, 0, 10**9)
 OTHERS = (
@@ -149,18 +150,17 @@ def read_picture(folder: Path) -> None:
 
 def state() -> dict:
     torch.manual_seed(0)
-    names = ("config", "use", "data", "steps_per_epoch", "dry_run", "sessions", "epoch", "step", "sums", "seconds")
+    names = ("config", "data", "steps_per_epoch", "dry_run", "sessions", "epoch", "step", "sums", "seconds")
     return {
         **{name: {} for name in names}, "records": [], "skipped": [],
-        "use": usage(Config(precision="fp32"), Preprocessing(32), CLASS_NAMES, {}),
+        "use": ABOUT,
         "train_seconds": 1.0, "teacher": None, "optimizer": {}, "rng": [],
         "model": build_network("small").state_dict(),
     }  # fmt: skip
 
 
 def write_weights(folder: Path) -> None:
-    about = usage(Config(precision="fp32"), Preprocessing(32), CLASS_NAMES, {})
-    save_weights(folder / "model.safetensors", build_network("small").state_dict(), about)
+    save_weights(folder / "model.safetensors", build_network("small").state_dict(), ABOUT)
 
 
 def write_index(folder: Path) -> None:

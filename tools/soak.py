@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from methods.run import read_state
 from utils import machine
+from utils.checkpoint import PREVIOUS
 from utils.cli import UserError, run_script, say, script_parser
 from utils.files import add_to_json
 
@@ -134,7 +135,7 @@ def soak_training(folder: Path, data_dir: Path, rng: random.Random, most: int, w
     kills: Counter[str] = Counter()
     finished = 0
     while not (folder / "result.json").exists():
-        resumes = any((folder / name).exists() for name in ("last.pt", "previous.pt"))
+        resumes = any((folder / name).exists() for name in ("last.pt", PREVIOUS))
         words = ["main.py", "--resume", str(folder), *MACHINE] if resumes else [*TRAINING, "--run-dir", str(folder)]
         process = start([*words, "--data-dir", str(data_dir)])
         if kills.total() >= most:

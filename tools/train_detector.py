@@ -21,7 +21,7 @@ from annotate.detector import NONE, Detector
 from digits.domains import load_domain
 from digits.mnist_m import read_photographs
 from methods.classifier import load_classifier
-from methods.options import run_folder_made
+from methods.run import run_folder_made
 from tools.scenes import IGNORED, Material, Scenes
 from tools.strips import numbers
 from utils import machine
