@@ -6,15 +6,13 @@ from torch import Tensor, nn
 from methods.recipes import Config
 from model import DANN
 
-MOMENTUM = 0.9  # of SGD, in the paper and everywhere else
-
 
 def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
     """The recipe's optimiser over all three parts; fused, which is one pass over the weights."""
-    fused = device.type in ("cpu", "cuda")
+    weights, decay, fused = model.parameters(), config.weight_decay, device.type in ("cpu", "cuda")
     if config.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), config.lr, MOMENTUM, weight_decay=config.weight_decay, fused=fused)
-    return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=fused)
+        return torch.optim.SGD(weights, config.lr, config.momentum, weight_decay=decay, fused=fused)
+    return torch.optim.AdamW(weights, config.lr, (config.momentum, 0.999), weight_decay=decay, fused=fused)
 
 
 def balancing_weights(labels: Tensor) -> Tensor:

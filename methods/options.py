@@ -34,7 +34,7 @@ NOT_NEGATIVE = (
     *("teacher_weight", "teacher_start", "perturbation", "warp"),
 )
 UP_TO_ONE = ("alignment", "alignment_until", "alignment_after", "strong_until", "target_strong_share")
-BELOW_ONE = ("dropout", "label_smoothing", "teacher_decay", "confidence")
+BELOW_ONE = ("momentum", "dropout", "label_smoothing", "teacher_decay", "confidence")
 
 
 def parse_arguments() -> tuple[argparse.Namespace, dict[str, Any]]:

@@ -97,6 +97,7 @@ class Config:
 
     optimizer: str = _setting("adamw", "optimiser", "update rule", choices=("sgd", "adamw"))
     lr: float = _setting(2e-3, "optimiser", "learning rate μ_0")
+    momentum: float = _setting(0.9, "optimiser", "share of the last steps' direction that stays: of AdamW its β₁")
     weight_decay: float = _setting(0.01, "optimiser", "l2 penalty (SGD) or decoupled decay (AdamW)")
     lr_schedule: str = _setting(
         "cosine", "optimiser",
@@ -136,7 +137,7 @@ class Config:
 
 def _quick(source: str, target: str) -> Config:
     """`dann` on the built-in pair with a short schedule: about a minute on two cores."""
-    return Config(recipe="quick", source="synth", target="optdigits", epochs=4)
+    return Config(recipe="quick", source="synth", target="optdigits", epochs=4, momentum=0.5)
 
 
 def _system_a(source: str, target: str) -> Config:

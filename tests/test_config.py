@@ -215,18 +215,18 @@ def test_settings_of_another_version_are_refused_by_name(inner):
 SYSTEM_A = {
     "source": "svhn", "target": "mnist", "method": "dann", "network": "system-a", "normalisation": "unit",
     "dropout": 0.5, "max_norm": 0.0, "epochs": 100, "warm_start_epochs": 0, "batch_size": 128, "augmentation": "none",
-    "optimizer": "sgd", "lr": 0.01, "weight_decay": 1e-5, "lr_schedule": "annealed", "lambda_max": 1.0,
+    "optimizer": "sgd", "lr": 0.01, "momentum": 0.9, "weight_decay": 1e-5, "lr_schedule": "annealed", "lambda_max": 1.0,
     "lambda_update": "step", "domain_loss": "sum", "frozen_convolutions": (),
 }  # fmt: skip
 PAPER = {
     "method": "dann", "normalisation": "mean", "batch_size": 64, "augmentation": "none", "optimizer": "sgd",
-    "lr": 0.01, "lambda_max": 1.0, "lambda_update": "step", "domain_loss": "mean", "warm_start_epochs": 0,
-    "frozen_convolutions": (), "network": "paper-svhn", "lr_schedule": "annealed",
+    "lr": 0.01, "momentum": 0.9, "lambda_max": 1.0, "lambda_update": "step", "domain_loss": "mean",
+    "warm_start_epochs": 0, "frozen_convolutions": (), "network": "paper-svhn", "lr_schedule": "annealed",
 }  # fmt: skip
 SYSTEM_B = {
     "source": "svhn", "target": "mnist", "method": "dann", "network": "system-b", "normalisation": "unit",
-    "dropout": 0.5, "batch_size": 32, "augmentation": "none", "optimizer": "sgd", "lr": 1e-3, "weight_decay": 0.0,
-    "lr_schedule": "time-decay", "lr_decay": 1e-5, "lambda_max": 1.0, "lambda_update": "epoch",
+    "dropout": 0.5, "batch_size": 32, "augmentation": "none", "optimizer": "sgd", "lr": 1e-3, "momentum": 0.9,
+    "weight_decay": 0.0, "lr_schedule": "time-decay", "lr_decay": 1e-5, "lambda_max": 1.0, "lambda_update": "epoch",
 }  # fmt: skip
 PUBLISHED = {
     ("system-a", None, None): SYSTEM_A,

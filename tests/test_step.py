@@ -52,7 +52,7 @@ class ByHand:
 
     def update(self, weight, gradient, mu_p):
         decayed = gradient + self.config.weight_decay * weight  # of ½·decay·|w|²
-        self.velocity[weight] = 0.9 * self.velocity[weight] + decayed
+        self.velocity[weight] = self.config.momentum * self.velocity[weight] + decayed
         weight -= mu_p * self.velocity[weight]
 
 
@@ -103,9 +103,10 @@ class Variant(ByHand):
             super().update(weight, gradient, mu_p)
         else:  # AdamW
             weight *= 1 - mu_p * self.config.weight_decay
-            self.first[weight] = 0.9 * self.first[weight] + 0.1 * gradient
+            beta = self.config.momentum
+            self.first[weight] = beta * self.first[weight] + (1 - beta) * gradient
             self.second[weight] = 0.999 * self.second[weight] + 0.001 * gradient**2
-            mean, square = self.first[weight] / (1 - 0.9**self.number), self.second[weight] / (1 - 0.999**self.number)
+            mean, square = self.first[weight] / (1 - beta**self.number), self.second[weight] / (1 - 0.999**self.number)
             weight -= mu_p * mean / (square.sqrt() + 1e-8)
 
 

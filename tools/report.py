@@ -68,7 +68,8 @@ def run_of(record: Record) -> Record:
             raise UserError(f"{where}: a {domain}_accuracy of {share} does not fit {correct} / {total}")
         run[f"{domain}_percent"] = 100 * correct / total
     run["percent_by_source"] = 100 * run[BY_SOURCE] / record["target_total"]
-    flat = sorted((run["config"] | (run["config"].get("modern") or {})).items())
+    momentum = {"momentum": 0.9}  # of every run before it was a setting
+    flat = sorted((momentum | run["config"] | (run["config"].get("modern") or {})).items())
     settings = [item for item in flat if item[0] not in NOT_COMPARED]
     data, shared = [run[key] for key in DATA], [item for item in settings if item[0] not in ADAPTATION]
     run["device"] = run["device"].split(":")[0]

@@ -15,7 +15,6 @@ from torchvision import transforms
 
 from data_loader import DigitSet
 from methods.networks import NETWORKS, build_network
-from methods.optimisation import MOMENTUM
 from methods.recipes import Config
 from model import reverse_gradient
 
@@ -69,10 +68,13 @@ class UsualWay:
         self.config, self.device = config, device
         self.model = build_network(config.network, config.dropout).to(device)
         if config.optimizer == "sgd":
-            sgd = torch.optim.SGD(self.model.parameters(), config.lr, MOMENTUM, weight_decay=config.weight_decay)
+            sgd = torch.optim.SGD(self.model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
             self.optimizer: torch.optim.Optimizer = sgd
         else:
-            self.optimizer = torch.optim.AdamW(self.model.parameters(), config.lr, weight_decay=config.weight_decay)
+            betas = (config.momentum, 0.999)
+            self.optimizer = torch.optim.AdamW(
+                self.model.parameters(), config.lr, betas, weight_decay=config.weight_decay
+            )
         self.batches_s, self.batches_t = (self.batches(digits, True) for digits in (source, target))
         self.test_batches = self.batches(source, False)
 
