@@ -323,7 +323,9 @@ def test_damaged_files(tmp_path, case):
     assert not isinstance(error, MissingData)  # it must be moved away first: fetching would not be tried
 
 
-@pytest.mark.parametrize(("name", "split", "file"), [(*key, file) for key, files in FILES.items() for file in files])
+@pytest.mark.parametrize(
+    ("name", "split", "file"), [(*key, file) for key, files in FILES.items() for file in sorted(files)]
+)
 def test_missing_files(tmp_path, tiny_data, name, split, file):
     for other in FILES[name, split] - {file}:
         (tmp_path / other).parent.mkdir(parents=True)
