@@ -97,7 +97,7 @@ class Config:
 
     optimizer: str = _setting("adamw", "optimiser", "update rule", choices=("sgd", "adamw"))
     lr: float = _setting(2e-3, "optimiser", "learning rate μ_0")
-    momentum: float = _setting(0.9, "optimiser", "share of the last steps' direction that stays: of AdamW its β₁")
+    momentum: float = _setting(0.9, "optimiser", "momentum (SGD) or β₁ (AdamW)")
     weight_decay: float = _setting(0.01, "optimiser", "l2 penalty (SGD) or decoupled decay (AdamW)")
     lr_schedule: str = _setting(
         "cosine", "optimiser",
